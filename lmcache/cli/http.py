@@ -1,0 +1,400 @@
+"""HTTP as the command line speaks it: one connection, deadlines that hold, and times taken at the socket.
+
+Comes in: an address and what should answer there, a `Peer`. Goes out: answers, JSON objects or lines of a stream; or an
+`LMCacheError` that says what happened instead. h11 knows the protocol; the socket is ours. So each wait ends at the request's
+deadline, however slowly bytes trickle in, a round trip is the time from the first byte sent to the first received, and the
+import takes a sixth of httpx's.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+
+import h11
+
+from lmcache.cli.base import DEFAULT_TIMEOUT_SECONDS, ENGINE_TOKEN_VARIABLE, TOKEN_VARIABLE, Url, check_name
+from lmcache.errors import DeadlineError, LMCacheError, RemoteError, UnreachableError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Iterator, Mapping, Sequence
+    from typing import Any
+
+MAX_BODY_BYTES = 64 << 20
+MAX_HEAD_BYTES = 64 << 10
+READ_BYTES = 64 << 10
+
+
+class Peer:
+    """Who is expected at an address.
+
+    Args:
+        name: as in "does not answer like an lmcache server".
+        code: of the error that says so.
+        token_variable: the environment variable whose value goes along as a bearer token.
+        absent_hint: what to do when nobody answers; empty for what a client of the cache server says.
+    """
+
+    def __init__(self, name: str, code: str, token_variable: str, absent_hint: str = "") -> None:
+        self.name = name
+        self.code = code
+        self.token_variable = token_variable
+        self._absent_hint = absent_hint
+
+    @property
+    def absent_hint(self) -> str:
+        """What to do when nobody answers."""
+        from lmcache.client.mq import START_HINT
+
+        return self._absent_hint or START_HINT
+
+
+SERVER = Peer("an lmcache server", "not_lmcache", TOKEN_VARIABLE)
+ENGINE = Peer("an inference engine", "not_engine", ENGINE_TOKEN_VARIABLE, "start the engine, or correct its address")
+
+
+class HttpAnswer:
+    """A whole answer, and the time from the request's first byte sent to the first received."""
+
+    __slots__ = ("body", "round_trip_seconds", "status")
+
+    def __init__(self, status: int, body: bytes, round_trip_seconds: float) -> None:
+        self.status = status
+        self.body = body
+        self.round_trip_seconds = round_trip_seconds
+
+    @property
+    def document(self) -> Any:
+        """The body as JSON; None when it is none."""
+        import json
+
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+
+    @property
+    def error(self) -> dict[str, str]:
+        """What the body says about what went wrong: `message` or `detail`, perhaps `code` and `hint`."""
+        fields = self.document if isinstance(self.document, dict) else {}
+        # {"error": {"message": ...}} is OpenAI's form and ours; SGLang leaves the outer object out, FastAPI says "detail".
+        error = fields.get("error")
+        found = error if isinstance(error, dict) else {"message": error} if isinstance(error, str) else fields
+        if isinstance(found.get("message"), str):
+            return {key: str(found[key]) for key in ("message", "code", "hint") if found.get(key) is not None}
+        detail = fields.get("detail")
+        return {"detail": detail if isinstance(detail, str) else str(detail)} if detail else {}
+
+
+class HttpClient:
+    """One kept connection to a peer; the surroundings' proxies do not take part.
+
+    Each request, from the name's resolution to the last byte, has `timeout` seconds.
+    """
+
+    def __init__(self, url: Url, timeout: float = DEFAULT_TIMEOUT_SECONDS, peer: Peer = SERVER) -> None:
+        self.url = url
+        self.timeout = timeout
+        self.peer = peer
+        self._connection: _Connection | None = None
+
+    def __enter__(self) -> HttpClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._drop()
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str] | None = None,
+        json: Any = None,
+        accept: Sequence[int] = (200,),
+    ) -> dict[str, Any]:
+        """Send one request and return the JSON object of its answer.
+
+        Raises: UnreachableError when nothing that speaks HTTP answers in time; LMCacheError for
+            another status than `accept` or another body than a JSON object.
+        """
+        return self.document(path, self.send(method, path, params, json), accept)
+
+    def document(self, path: str, answer: HttpAnswer, accept: Sequence[int] = (200,)) -> dict[str, Any]:
+        """Return the JSON object in an answer.
+
+        Raises: LMCacheError for another status than `accept` or another body than a JSON object.
+        """
+        if answer.status not in accept:
+            raise self.refusal(path, answer)
+        document = answer.document
+        if not isinstance(document, dict):
+            raise wrong_peer(self.url, f"{path} did not answer with a JSON object", self.peer)
+        return document
+
+    def send(self, method: str, path: str, params: Mapping[str, str] | None = None, json: Any = None) -> HttpAnswer:
+        """Send one request and return its answer, whatever its status.
+
+        Raises: UnreachableError, also when the answer is not HTTP.
+        """
+        deadline = time.monotonic() + self.timeout
+        try:
+            connection, status = self._exchange(method, path, params, json, deadline)
+            body = connection.body(deadline)
+        except (OSError, h11.ProtocolError, _ClosedError) as exc:
+            self._drop()
+            raise self._error(exc) from exc
+        return HttpAnswer(status, body, connection.round_trip_seconds)
+
+    def lines(self, path: str, json: Any, patience: float) -> Iterator[tuple[bytes, float]]:
+        """Post a document and yield each line of the answer with the monotonic time of its arrival.
+
+        The first item is an empty line with the time of sending. The peer may be silent for `patience` seconds.
+
+        Raises: UnreachableError, also when the connection ends before the answer; RemoteError for
+            another status than 200.
+        """
+        deadline = time.monotonic() + patience
+        try:
+            connection, status = self._exchange("POST", path, None, json, deadline)
+            if status != 200:
+                body = connection.body(deadline)
+                raise self.refusal(path, HttpAnswer(status, body, connection.round_trip_seconds))
+            yield b"", connection.sent_at
+            rest = b""
+            while (piece := connection.piece(time.monotonic() + patience)) is not None:
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    yield line, connection.received_at
+            yield rest, connection.received_at
+        except (OSError, h11.ProtocolError, _ClosedError) as exc:
+            raise self._error(exc, patience) from exc
+        finally:
+            self._drop()
+
+    def refusal(self, path: str, answer: HttpAnswer) -> LMCacheError:
+        """Return the error that an HTTP status and its body stand for."""
+        where = self.url.text + path
+        variable = self.peer.token_variable
+        if answer.status == 401:
+            has_token = bool(os.environ.get(variable))
+            message = f"{where} wants another token than that in {variable}" if has_token else f"{where} wants a token"
+            return RemoteError(message, f"set {variable} to what {self.peer.name} asks for", "unauthorized")
+        error = answer.error
+        if "message" in error:
+            return RemoteError(error["message"], error.get("hint", ""), error.get("code", "remote"))
+        if "detail" in error:
+            return RemoteError(f"{where} answered HTTP {answer.status}: {error['detail']}")
+        return wrong_peer(self.url, f"{path} answered HTTP {answer.status}", self.peer)
+
+    def _exchange(
+        self, method: str, path: str, params: Mapping[str, str] | None, json: Any, deadline: float
+    ) -> tuple[_Connection, int]:
+        """Send a request and return when the answer's head is there."""
+        connection = self._connection
+        if connection is None or not connection.is_reusable():
+            self._drop()
+            connection = self._connection = _Connection(self.url, deadline)
+        connection.send(method, _target(self.url, path, params), self._headers(), _encoded(json), deadline)
+        return connection, connection.head(deadline)
+
+    def _headers(self) -> list[tuple[str, str]]:
+        token = os.environ.get(self.peer.token_variable)
+        return [("Authorization", f"Bearer {token}")] if token else []
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _error(self, exc: Exception, timeout: float | None = None) -> LMCacheError:
+        """Return our error for what the socket or h11 raised."""
+        if isinstance(exc, TimeoutError):
+            if _speaks_zmq(self.url):
+                hint = f"use --url tcp://{self.url.text.partition('://')[2]}"
+                return UnreachableError(f"{self.url} speaks ZMQ, not HTTP", hint, "not_http")
+            return DeadlineError(f"no reply from {self.url} within {timeout or self.timeout:g} s", self.peer.absent_hint)
+        if isinstance(exc, _ClosedError) and exc.has_begun:
+            return UnreachableError(f"{self.url} ended the connection within its answer", "see its log", "connection_lost")
+        if isinstance(exc, (h11.ProtocolError, _ClosedError)):
+            hint = "check the port; a ZMQ port is written tcp://host:port"
+            return UnreachableError(f"{self.url} does not speak HTTP: {exc}", hint, "not_http")
+        return UnreachableError(f"cannot connect to {self.url}: {exc}", self.peer.absent_hint)
+
+
+def http_request(
+    url: Url,
+    method: str,
+    path: str,
+    params: Mapping[str, str] | None = None,
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
+) -> dict[str, Any]:
+    """Send one HTTP request to a cache server and return the JSON object of the answer.
+
+    Raises: UnreachableError, LMCacheError.
+    """
+    with HttpClient(url, timeout) as client:
+        return client.request(method, path, params)
+
+
+def wrong_peer(url: Url, reason: str, peer: Peer = SERVER) -> LMCacheError:
+    """Return the error for something that answers, and not as the expected peer would."""
+    return LMCacheError(f"{url} does not answer like {peer.name}: {reason}", "check the address", peer.code)
+
+
+# -- one connection --------------------------------------------------------------------------------
+
+
+class _ClosedError(Exception):
+    """The peer closed the connection; `has_begun`: after it had begun to answer."""
+
+    def __init__(self, has_begun: bool) -> None:
+        super().__init__("it closed the connection without an answer")
+        self.has_begun = has_begun
+
+
+class _Connection:
+    """A connected socket and h11's view of what went over it. Times are monotonic.
+
+    Raises, in every method: OSError, TimeoutError at the deadline, h11.ProtocolError, _ClosedError.
+    """
+
+    def __init__(self, url: Url, deadline: float) -> None:
+        check_name(url, _left(deadline))
+        self._socket = _connected(url, deadline)
+        self._host = url.text.partition("://")[2].partition("/")[0]
+        self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._has_begun = False
+        self.sent_at = self.received_at = 0.0
+        self.round_trip_seconds = 0.0
+
+    def is_reusable(self) -> bool:
+        """Whether the last answer is complete and the peer has not hung up since."""
+        if self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE:
+            self._h11.start_next_cycle()
+        return self._h11.our_state is h11.IDLE and not select.select([self._socket], [], [], 0)[0]
+
+    def send(self, method: str, target: str, headers: list[tuple[str, str]], body: bytes | None, deadline: float) -> None:
+        """Send a whole request; it is put together before the clock starts."""
+        from lmcache import __version__
+
+        headers = [("Host", self._host), ("User-Agent", f"lmcache/{__version__}"), ("Accept", "*/*"), *headers]
+        if body is not None:
+            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        data = self._h11.send(h11.Request(method=method, target=target, headers=headers)) or b""
+        if body:
+            data += self._h11.send(h11.Data(data=body)) or b""
+        data += self._h11.send(h11.EndOfMessage()) or b""
+        self._has_begun = False
+        self._socket.settimeout(_left(deadline))
+        self.sent_at = time.monotonic()
+        try:
+            self._socket.sendall(data)
+        except (BrokenPipeError, ConnectionResetError) as exc:
+            raise _ClosedError(has_begun=False) from exc
+
+    def head(self, deadline: float) -> int:
+        """Return the answer's status."""
+        event = self._next_event(deadline)
+        while isinstance(event, h11.InformationalResponse):
+            event = self._next_event(deadline)
+        if not isinstance(event, h11.Response):
+            raise _ClosedError(has_begun=False)
+        return event.status_code
+
+    def body(self, deadline: float) -> bytes:
+        """Return the answer's whole body."""
+        body = bytearray()
+        while (piece := self.piece(deadline)) is not None:
+            body += piece
+            if len(body) > MAX_BODY_BYTES:
+                raise h11.RemoteProtocolError(f"an answer of more than {MAX_BODY_BYTES} bytes")
+        return bytes(body)
+
+    def piece(self, deadline: float) -> bytes | None:
+        """Return the next piece of the answer's body, or None at its end."""
+        event = self._next_event(deadline)
+        return bytes(event.data) if isinstance(event, h11.Data) else None
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def _next_event(self, deadline: float) -> Any:
+        try:
+            while (event := self._h11.next_event()) is h11.NEED_DATA:
+                self._socket.settimeout(_left(deadline))
+                data = self._socket.recv(READ_BYTES)
+                self.received_at = time.monotonic()
+                if not self._has_begun and data:
+                    self._has_begun = True
+                    self.round_trip_seconds = self.received_at - self.sent_at
+                self._h11.receive_data(data)
+            return event
+        except ConnectionResetError as exc:
+            raise _ClosedError(self._has_begun) from exc
+        except h11.RemoteProtocolError as exc:
+            _, has_ended = self._h11.trailing_data
+            raise _ClosedError(self._has_begun) if has_ended else exc from exc
+
+
+def _connected(url: Url, deadline: float) -> socket.socket:
+    """Return a socket that one of the name's addresses accepted."""
+    failure: OSError = OSError("the name has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM):
+        peer = socket.socket(family, kind, protocol)
+        try:
+            peer.settimeout(_left(deadline))
+            peer.connect(address)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return _encrypted(peer, url) if url.text.startswith("https:") else peer
+        except OSError as exc:
+            peer.close()
+            failure = exc
+    raise failure
+
+
+def _encrypted(peer: socket.socket, url: Url) -> ssl.SSLSocket:
+    """Trusted are the system's certificates, and what SSL_CERT_FILE names."""
+    import ssl
+
+    return ssl.create_default_context().wrap_socket(peer, server_hostname=url.host)
+
+
+def _left(deadline: float) -> float:
+    """Return the seconds to the deadline; a timeout of 0 would mean "do not wait" to a socket.
+
+    Raises: TimeoutError
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _target(url: Url, path: str, params: Mapping[str, str] | None) -> str:
+    from urllib.parse import quote, urlencode
+
+    prefix = url.text.partition("://")[2].partition("/")[2]
+    query = f"?{urlencode(params)}" if params else ""
+    return quote(f"/{prefix}{path}" if prefix else path, safe="/%:@!$&'()*+,;=~") + query
+
+
+def _encoded(json: Any) -> bytes | None:
+    if json is None:
+        return None
+    from json import dumps
+
+    return dumps(json).encode()
+
+
+def _speaks_zmq(url: Url) -> bool:
+    """Tell whether what listens there opens with ZMQ's greeting, as an HTTP server never does."""
+    try:
+        with socket.create_connection((url.host, url.port), 0.2) as peer:
+            return peer.recv(1) == b"\xff"
+    except OSError:
+        return False

@@ -1,0 +1,117 @@
+"""The server's status as the command line reads it: fetched over either transport, then typed.
+
+Comes in: an address. Goes out: the server's own document, and a `View` of what commands use of it. A
+field that an older server lacks has its default; one of another type makes it no lmcache server.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from lmcache.cli.base import Url, send_request
+from lmcache.keys import Namespace
+from lmcache.protocol import Status
+
+
+class ProtocolRange(msgspec.Struct):
+    """The protocol versions that the server answers."""
+
+    min: int = 0
+    max: int = 0
+
+
+class L1View(msgspec.Struct):
+    """The pool."""
+
+    capacity_bytes: int
+    used_bytes: int
+    resident_bytes: int = 0
+    reserved_bytes: int = 0
+    chunks: int = 0
+    pins: int = 0
+    eviction_policy: str = ""
+    pool_path: str = ""
+    persistent: bool = False
+
+
+class ClientView(msgspec.Struct):
+    """One client that the server knows."""
+
+    id: str
+    kind: str = ""
+    pid: int = 0
+    mapped: bool = False
+    age_seconds: float = 0.0
+    pins: int = 0
+    reservations: int = 0
+
+
+class ModelView(msgspec.Struct):
+    """One model that engines registered."""
+
+    namespace: Namespace
+    namespace_id: int = 0
+    bytes_per_token: int = 0
+    world_size: int = 1
+    ranks: list[int] = []
+    l1_tokens: int = 0
+    live: bool = False
+
+
+class Counters(msgspec.Struct):
+    """What `describe --watch` makes rates of."""
+
+    stored_bytes: int = 0
+    retrieved_bytes: int = 0
+
+
+class Setting(msgspec.Struct):
+    """One value of the configuration: source is default, environment or flag."""
+
+    value: Any = None
+    source: str = ""
+
+
+class View(msgspec.Struct):
+    """What commands read of the status."""
+
+    healthy: bool
+    l1: L1View
+    problems: list[str] = []
+    version: str = ""
+    protocol: ProtocolRange = msgspec.field(default_factory=ProtocolRange)
+    boot: str = ""
+    pid: int = 0
+    uptime_seconds: float = 0.0
+    engine_type: str = ""
+    chunk_size: int = 0
+    zmq_endpoint: str = ""
+    http_endpoint: str = ""
+    l2: list[dict[str, Any]] = []
+    hit_rate: float | None = None
+    sessions: int = 0
+    clients: list[ClientView] = []
+    models: list[ModelView] = []
+    counters: Counters = msgspec.field(default_factory=Counters)
+    config: dict[str, Setting] = {}
+
+
+def fetch_status(url: Url, timeout: float) -> tuple[dict[str, Any], View]:
+    """Return the server's document and the view of it.
+
+    Raises: UnreachableError, RemoteError, LMCacheError.
+    """
+    if url.is_http:
+        from lmcache.cli.http import http_request
+
+        document = http_request(url, "GET", "/api/status", timeout=timeout)
+    else:
+        document = send_request(url, Status(), timeout=timeout).reply.status
+    try:
+        return document, msgspec.convert(document, View)
+    except msgspec.ValidationError as exc:
+        from lmcache.cli.http import wrong_peer
+
+        raise wrong_peer(url, f"its status is not one that this version reads: {exc}") from exc

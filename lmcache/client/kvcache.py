@@ -1,0 +1,688 @@
+"""Store and retrieve chunks: through the mapped pool on the server's host, over the socket elsewhere.
+
+Comes in: chunk keys and buffers. Goes out: bytes in the pool, or a copy of them. The two verbs are paired:
+`reserve` -> write the extents -> `commit`, and `pin` -> copy the extents -> `verify` -> `release`. Next on the path:
+`client/mq.py` for the messages, `pool.py` for the bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+
+from lmcache.client.mq import DEFAULT_TIMEOUT_SECONDS, MessageQueueClient, ReplyFuture
+from lmcache.errors import (
+    ChecksumError,
+    DeadlineError,
+    LMCacheError,
+    PoolError,
+    RemoteError,
+    StaleReadError,
+    UnreachableError,
+)
+from lmcache.keys import KEY_BYTES, Namespace
+from lmcache.layout import KVLayout
+from lmcache.log import RateLimitedLog, init_logger
+from lmcache.pool import PoolView, Presence
+from lmcache.protocol import (
+    MAX_CHUNKS,
+    Abort,
+    Attach,
+    Commit,
+    EndSession,
+    FreeLookupLocks,
+    Get,
+    Goodbye,
+    Hello,
+    HelloReply,
+    Lookup,
+    LookupReply,
+    Noop,
+    PinsReply,
+    Placement,
+    Put,
+    R,
+    RegisterKVCache,
+    RegisterReply,
+    Release,
+    Request,
+    Retrieve,
+    Store,
+    StoreOutcome,
+)
+
+logger = init_logger(__name__)
+
+UNKNOWN_CLIENT = "unknown_client"
+MAX_HEARTBEAT_SECONDS = 1.0
+BACKOFF_MAX_SECONDS = 2.0
+# One inline message holds at most this many bytes of chunks: enough to stream, little enough to keep in flight.
+INLINE_BATCH_BYTES = 32 << 20
+
+Buffer = bytes | bytearray | memoryview
+# (client id, checksums) -> the request
+MakePut = Callable[[str, list[int]], Put]
+
+
+def checksum(data: Buffer) -> int:
+    """Return the content checksum that travels with a chunk: XXH3, 64 bits; 0 is kept for "none"."""
+    return xxhash.xxh3_64_intdigest(data) or 1
+
+
+class Attachment:
+    """One introduction to one server life: the client id, the mapped pool and the proof that we live.
+
+    It stays mapped and locked while any reservation or pin taken through it is in use, also after the server has changed:
+    a server that adopts the pool gives no extent away that this process may still be writing.
+    """
+
+    def __init__(self, hello: HelloReply, view: PoolView | None, presence: Presence | None) -> None:
+        self.client_id = hello.client
+        self.boot = hello.boot
+        self.chunk_size = hello.chunk_size
+        self.lease_seconds = hello.lease_seconds
+        self.view = view
+        self._presence = presence
+        self._lock = threading.Lock()
+        self._num_users = 1
+
+    def try_acquire(self) -> bool:
+        """Keep everything open until the matching `release`; False when it is closed already."""
+        with self._lock:
+            self._num_users += self._num_users > 0
+            return self._num_users > 0
+
+    def release(self) -> None:
+        """Undo one `try_acquire`, or the construction; the last one closes."""
+        with self._lock:
+            self._num_users -= 1
+            is_last = self._num_users == 0
+        if is_last:
+            if self.view is not None:
+                self.view.close()
+            if self._presence is not None:
+                self._presence.close()
+
+
+class Reservation:
+    """Places to write chunks to. Leaving the `with` block without `commit` gives them back, and the acquired `attachment`.
+
+    `outcomes` has one entry a key, `extents` one writable view for each of them that is RESERVED, in order.
+    """
+
+    def __init__(
+        self,
+        client: KVCacheClient,
+        attachment: Attachment,
+        outcomes: list[StoreOutcome],
+        placements: list[Placement],
+        extents: list[memoryview],
+    ) -> None:
+        self.outcomes = outcomes
+        self.extents = extents
+        self._client = client
+        self._attachment = attachment
+        self._placements = placements
+        self._is_open = True
+
+    def reserved_indices(self) -> list[int]:
+        """Return the positions, among the keys asked for, that `extents` belong to."""
+        return [i for i, outcome in enumerate(self.outcomes) if outcome is StoreOutcome.RESERVED]
+
+    def commit(self, with_checksums: bool = False) -> int:
+        """Publish what was written; return how many chunks became visible.
+
+        Raises: UnreachableError, RemoteError: nothing is known to be visible.
+        """
+        placements = self._placements
+        if with_checksums:
+            placements = [
+                Placement(p.slot, p.offset, p.length, p.generation, checksum(extent))
+                for p, extent in zip(placements, self.extents, strict=True)
+            ]
+        try:
+            return self._publish(placements)
+        finally:
+            self._close()
+
+    def _publish(self, placements: list[Placement]) -> int:
+        if not placements:
+            return 0
+        try:
+            return self._client.mq.call(Commit(client=self._attachment.client_id, placements=placements)).committed
+        except UnreachableError as exc:
+            self._client.note_unreachable(self._attachment, exc)
+            raise
+
+    def abort(self) -> None:
+        """Give the places back; they never become visible. Does nothing after `commit`."""
+        if self._is_open:
+            try:
+                self._give_back()
+            except UnreachableError as exc:
+                self._client.note_unreachable(self._attachment, exc)
+            except RemoteError as exc:
+                self._client.note_failure(exc)
+            finally:
+                self._close()
+
+    def _give_back(self) -> None:
+        if self._placements:
+            self._client.mq.call(Abort(client=self._attachment.client_id, placements=self._placements))
+
+    def _close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            _release_views(self.extents)
+            self._attachment.release()
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+
+class InlineReservation(Reservation):
+    """The same over the socket: the extents are private buffers, and committing sends them."""
+
+    def __init__(self, client: KVCacheClient, attachment: Attachment, keys: bytes, chunk_bytes: int, put: MakePut) -> None:
+        count = len(keys) // KEY_BYTES
+        extents = [memoryview(bytearray(chunk_bytes)) for _ in range(count)]
+        super().__init__(client, attachment, [StoreOutcome.RESERVED] * count, [], extents)
+        self._keys = keys
+        self._put = put
+
+    def commit(self, with_checksums: bool = False) -> int:
+        """Send the chunks; `outcomes` then says what became of each."""
+        try:
+            self.outcomes = self._client.put(self._keys, self.extents, self._put, with_checksums)
+        finally:
+            self._close()
+        return self.outcomes.count(StoreOutcome.RESERVED)
+
+
+class PinnedChunks:
+    """Chunks to read, until `release` gives the acquired `attachment` back.
+
+    After the copy `verify` tells whether the bytes were the chunks' all the time.
+    `extents` holds one read-only view for each leading chunk that is present.
+    """
+
+    def __init__(
+        self,
+        client: KVCacheClient,
+        attachment: Attachment,
+        request_id: str,
+        placements: list[Placement],
+        extents: list[memoryview],
+        is_inline: bool,
+    ) -> None:
+        self.extents = extents
+        self.placements = placements
+        self._client = client
+        self._attachment = attachment
+        self._request_id = request_id
+        self._is_inline = is_inline
+        self._is_open = True
+
+    def verify(self, check_content: bool = False) -> None:
+        """Return if every extent still belongs to its chunk. Call it after the copy has completed.
+
+        Args:
+            check_content: also compare the bytes with the checksum that was stored, where one was.
+        Raises: StaleReadError, ChecksumError: throw away what was copied.
+        """
+        view = self._attachment.view
+        for placement, extent in zip(self.placements, self.extents, strict=True):
+            differs = check_content and placement.checksum and checksum(extent) != placement.checksum
+            # After the bytes were read, and first to be told: other bytes are no wonder in a slot that was freed.
+            if not self._is_inline and view is not None and view.generation(placement.slot) != placement.generation:
+                raise StaleReadError(f"slot {placement.slot} was freed while it was read")
+            if differs:
+                raise ChecksumError(f"chunk in slot {placement.slot} differs from what was stored")
+
+    def release(self) -> None:
+        """Unpin, without waiting for the reply. Never raises for a server that is gone: its pins are gone with it."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        _release_views(self.extents)
+        try:
+            if self.placements and not self._is_inline:
+                request = Release(
+                    client=self._attachment.client_id,
+                    request_id=self._request_id,
+                    placements=self.placements,
+                )
+                self._client.mq.post(request)
+        except UnreachableError as exc:
+            self._client.note_unreachable(self._attachment, exc)
+        finally:
+            self._attachment.release()
+
+    def __enter__(self) -> PinnedChunks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class KVCacheClient:
+    """One user of the cache. Introduces itself on first use, and again by itself after the server restarted.
+
+    Args:
+        url: the server's ZMQ address.
+        kind: what this client is, for `describe`: "cli", "engine-worker", ...
+        inline: do not map the pool even where it could be.
+        heartbeat: keep the lease alive and notice a restart from a background thread. While the server is away, calls then
+            fail at once instead of waiting for their deadline.
+        heartbeat_seconds: the longest pause between two heartbeats.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        kind: str = "client",
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        inline: bool = False,
+        heartbeat: bool = False,
+        heartbeat_seconds: float = MAX_HEARTBEAT_SECONDS,
+    ) -> None:
+        self.mq = MessageQueueClient(url, timeout_seconds, self._on_late_reply)
+        self._kind = kind
+        self._inline = inline
+        self._lock = threading.Lock()
+        self._introducing = threading.Lock()
+        self._attachment: Attachment | None = None
+        self._registration: Callable[[Attachment], RegisterKVCache] | None = None
+        self._down_reason = ""
+        self._log = RateLimitedLog(logger)
+        self._stop = threading.Event()
+        self._heartbeat_seconds = heartbeat_seconds
+        self._heartbeat: threading.Thread | None = None
+        if heartbeat:
+            self._heartbeat = threading.Thread(target=self._beat, name="lmcache-heartbeat", daemon=True)
+            self._heartbeat.start()
+
+    # -- connection ---------------------------------------------------------------------------------------------------
+
+    def attach(self) -> Attachment:
+        """Return the current introduction, making one if there is none.
+
+        Raises: UnreachableError (at once while the heartbeat knows that the server is away), RemoteError.
+        """
+        attachment = self._attachment
+        if attachment is None:
+            self._check_up()
+            if not self._introducing.acquire(timeout=self.mq.timeout_seconds):
+                raise DeadlineError(f"no introduction to {self.mq.url} within its deadline")
+            try:
+                attachment = self._attachment or self._introduce_and_register()
+            finally:
+                self._introducing.release()
+        return attachment
+
+    def _hold(self) -> Attachment:
+        """The current introduction, acquired: a heartbeat that fails meanwhile cannot close it."""
+        attachment = self.attach()
+        while not attachment.try_acquire():
+            attachment = self.attach()
+        return attachment
+
+    def _check_up(self) -> None:
+        if self._down_reason:
+            raise UnreachableError(self._down_reason)
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether chunks travel over the socket, because the pool is not or cannot be mapped."""
+        return self.attach().view is None
+
+    def _introduce_and_register(self) -> Attachment:
+        self._check_up()
+        attachment = self._introduce()
+        try:
+            if self._registration is not None:
+                self.mq.call(self._registration(attachment))
+        except RemoteError:
+            self._attachment = attachment  # refused: known to the server, and of no use to this engine
+            raise
+        except LMCacheError:
+            attachment.release()
+            raise
+        self._attachment = attachment
+        return attachment
+
+    def _introduce(self) -> Attachment:
+        hello = self.mq.call(Hello(kind=self._kind, pid=os.getpid()))
+        if self._inline or not hello.pool_path:
+            return Attachment(hello, None, None)
+        path = Path(hello.pool_path)
+        view: PoolView | None = None
+        presence: Presence | None = None
+        try:
+            view = PoolView(path)
+            presence = Presence(path, hello.client)
+            self.mq.call(Attach(client=hello.client, cookie=view.header.cookie))
+            return Attachment(hello, view, presence)
+        except LMCacheError as exc:
+            if view is not None:
+                view.close()
+            if presence is not None:
+                presence.close()
+            if not isinstance(exc, (PoolError, RemoteError)):
+                raise
+            logger.info("using the socket for chunks, the pool cannot be mapped: %s", exc)
+            return Attachment(hello, None, None)
+
+    def _retire(self, attachment: Attachment) -> None:
+        with self._lock:
+            if self._attachment is attachment:
+                self._attachment = None
+                attachment.release()
+
+    def _call(self, make: Callable[[Attachment], Request[R]], payload: Sequence[Buffer] = ()) -> R:
+        """Send what `make` returns; introduce ourselves again, once, if the server does not know us."""
+        attachment, reply, _ = self._call_holding(make, payload)
+        attachment.release()
+        return reply
+
+    def _call_holding(
+        self, make: Callable[[Attachment], Request[R]], payload: Sequence[Buffer] = ()
+    ) -> tuple[Attachment, R, list[memoryview]]:
+        """The same; the attachment that the reply was given to is acquired, and the caller's to release."""
+        try:
+            return self._call_once(make, payload)
+        except RemoteError as exc:
+            if exc.code != UNKNOWN_CLIENT:
+                raise
+        return self._call_once(make, payload)
+
+    def _call_once(
+        self, make: Callable[[Attachment], Request[R]], payload: Sequence[Buffer]
+    ) -> tuple[Attachment, R, list[memoryview]]:
+        attachment = self._hold()
+        try:
+            future = self.mq.submit(make(attachment), payload, may_wait=True)
+            return attachment, future.result(), future.payload
+        except BaseException as exc:
+            if isinstance(exc, UnreachableError):
+                self.note_unreachable(attachment, exc)
+            elif isinstance(exc, RemoteError) and exc.code == UNKNOWN_CLIENT:
+                self._retire(attachment)
+            attachment.release()
+            raise
+
+    def note_unreachable(self, attachment: Attachment, exc: UnreachableError) -> None:
+        """What the server granted to the lost request is found by nobody: end this client's life, so that it is freed."""
+        self.note_failure(exc)
+        if self._heartbeat is not None:
+            self._down_reason = exc.message
+        self._retire(attachment)
+
+    def note_failure(self, exc: Exception) -> None:
+        """Log a failure that the caller does not see, at most once per interval."""
+        self._log.warning(type(exc).__name__, str(exc))
+
+    def _beat(self) -> None:
+        """Heartbeat thread: renews the lease, notices a new boot id, tries again with back-off while the server is away."""
+        wait = 0.0
+        backoff = 0.1
+        while not self._stop.wait(wait):
+            try:
+                wait, backoff = self._beat_once(), 0.1
+            except LMCacheError as exc:
+                self._down_reason = str(exc)
+                attachment = self._attachment
+                if attachment is not None:
+                    self._retire(attachment)
+                self.note_failure(exc)
+                wait, backoff = backoff, min(backoff * 2, BACKOFF_MAX_SECONDS)
+
+    def _beat_once(self) -> float:
+        attachment = self._attachment
+        reply = self.mq.call(
+            Noop(client=attachment.client_id if attachment else None),
+            timeout_seconds=min(self.mq.timeout_seconds, BACKOFF_MAX_SECONDS),
+        )
+        if attachment is not None and reply.boot != attachment.boot:
+            self._retire(attachment)
+        self._down_reason = ""
+        return min(self.attach().lease_seconds / 3, self._heartbeat_seconds)
+
+    def _on_late_reply(self, late: ReplyFuture[Any]) -> None:
+        """Give back what the server granted to a request whose caller had stopped waiting."""
+        with contextlib.suppress(LMCacheError):
+            reply = late.result()
+            request = late.request
+            if isinstance(request, Store) and reply.placements:
+                self.mq.post(Abort(client=request.client, placements=reply.placements))
+            elif isinstance(request, Retrieve) and reply.placements:
+                self.mq.post(Release(client=request.client, request_id=request.request_id, placements=reply.placements))
+            elif isinstance(request, Lookup) and request.client is not None and reply.hit_chunks:
+                # That life of ours ended with the deadline: whatever it still holds for the request is nobody's.
+                self.mq.post(FreeLookupLocks(client=request.client, request_id=request.request_id))
+
+    def close(self) -> None:
+        """Leave: the server releases our pins and reservations. Never raises for a server that is gone."""
+        self._stop.set()
+        if self._heartbeat is not None:
+            self.mq.begin_close()
+            self._heartbeat.join(timeout=BACKOFF_MAX_SECONDS + 1)
+        with self._lock:
+            attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            try:
+                self.mq.call(
+                    Goodbye(client=attachment.client_id),
+                    timeout_seconds=min(1.0, self.mq.timeout_seconds),
+                )
+            except (UnreachableError, RemoteError) as exc:
+                logger.debug("the server did not take our goodbye: %s", exc)
+            attachment.release()
+        self.mq.close()
+
+    def __enter__(self) -> KVCacheClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- engine's registration ----------------------------------------------------------------------------------------
+
+    def register(self, namespace: Namespace, layout: KVLayout, rank: int = 0, world_size: int = 1) -> RegisterReply:
+        """Tell the server what this rank's KV looks like.
+
+        The namespace's chunk size is replaced by the server's. After an error too, the next life of
+        the server is told by itself: it may accept, or be there.
+
+        Raises: RemoteError when the server refuses (chunk size, layout), UnreachableError.
+        """
+
+        def request(attachment: Attachment) -> RegisterKVCache:
+            return RegisterKVCache(
+                client=attachment.client_id,
+                namespace=msgspec.structs.replace(namespace, chunk_size=attachment.chunk_size),
+                layout=layout,
+                rank=rank,
+                world_size=world_size,
+            )
+
+        self._registration = request
+        return self._call(request)
+
+    # -- lookup -------------------------------------------------------------------------------------------------------
+
+    def lookup(self, keys: bytes, request_id: str = "", world_size: int = 1, pin: bool = True) -> LookupReply:
+        """Return the prefix hit of `keys`; with `pin` it stays readable until the request's locks are freed."""
+        return self._call(
+            lambda a: Lookup(client=a.client_id if pin else None, request_id=request_id, world_size=world_size),
+            [keys],
+        )
+
+    def free_lookup_locks(self, request_id: str, start: int = 0, end: int = MAX_CHUNKS) -> int:
+        """Unpin chunks [start, end) of the request's lookup; return how many pins went."""
+        return self._call(
+            lambda a: FreeLookupLocks(client=a.client_id, request_id=request_id, start=start, end=end),
+        ).released
+
+    def end_session(self, request_id: str) -> PinsReply:
+        """Release every pin that this client holds for the request."""
+        return self._call(lambda a: EndSession(client=a.client_id, request_id=request_id))
+
+    # -- store --------------------------------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        keys: bytes,
+        chunk_bytes: int,
+        namespace_id: int = 0,
+        rank: int = 0,
+        parent: bytes = b"",
+    ) -> Reservation:
+        """Return places for the chunks that are not stored yet.
+
+        Args:
+            parent: the key before the first of `keys`, so that a prompt stored in steps is evicted from its end.
+        Raises: UnreachableError, RemoteError.
+        """
+        if self.is_inline:
+            return InlineReservation(self, self._hold(), keys, chunk_bytes, _make_put(namespace_id, rank, parent))
+        attachment, reply, _ = self._call_holding(
+            lambda a: Store(
+                client=a.client_id,
+                namespace_id=namespace_id,
+                rank=rank,
+                parent=parent,
+                chunk_bytes=chunk_bytes,
+            ),
+            [keys],
+        )
+        outcomes = [StoreOutcome(outcome) for outcome in reply.outcomes]
+        return Reservation(self, attachment, outcomes, reply.placements, _extents(attachment, reply.placements))
+
+    def put(self, keys: bytes, chunks: Sequence[Buffer], make: MakePut, with_checksums: bool) -> list[StoreOutcome]:
+        """Send chunks over the socket, in messages of at most INLINE_BATCH_BYTES or one chunk."""
+        sums = [checksum(chunk) for chunk in chunks] if with_checksums else []
+        outcomes: list[StoreOutcome] = []
+        for start, end in _batches([len(chunk) for chunk in chunks]):
+            payload = [keys[start * KEY_BYTES : end * KEY_BYTES], *chunks[start:end]]
+            reply = self._call(functools.partial(_put_as, make, sums[start:end]), payload)
+            outcomes += [StoreOutcome(outcome) for outcome in reply.outcomes]
+        return outcomes
+
+    def store(
+        self, keys: bytes, chunks: Sequence[Buffer], namespace_id: int = 0, rank: int = 0, with_checksums: bool = False
+    ) -> list[StoreOutcome]:
+        """Copy chunks, all of one length, into the cache; return what became of each (RESERVED: stored).
+
+        Raises: UnreachableError, RemoteError.
+        """
+        if not chunks:
+            return []
+        if self.is_inline:
+            return self.put(keys, chunks, _make_put(namespace_id, rank), with_checksums)
+        with self.reserve(keys, len(chunks[0]), namespace_id, rank) as reservation:
+            for extent, index in zip(reservation.extents, reservation.reserved_indices(), strict=True):
+                extent[:] = chunks[index]
+            reservation.commit(with_checksums)
+            return reservation.outcomes
+
+    # -- retrieve -----------------------------------------------------------------------------------------------------
+
+    def pin(self, keys: bytes, request_id: str = "", rank: int = 0) -> PinnedChunks:
+        """Return the leading chunks of `keys` that are present, pinned for reading.
+
+        Raises: UnreachableError, RemoteError.
+        """
+        if self.is_inline:
+            return self._get(keys, request_id, rank)
+        attachment, reply, _ = self._call_holding(
+            lambda a: Retrieve(client=a.client_id, request_id=request_id, rank=rank), [keys]
+        )
+        extents = [extent.toreadonly() for extent in _extents(attachment, reply.placements)]
+        return PinnedChunks(self, attachment, request_id, reply.placements, extents, is_inline=False)
+
+    def _get(self, keys: bytes, request_id: str, rank: int) -> PinnedChunks:
+        placements: list[Placement] = []
+        extents: list[memoryview] = []
+        while len(extents) * KEY_BYTES < len(keys):
+            attachment, reply, frames = self._call_holding(
+                lambda a: Get(client=a.client_id, rank=rank), [keys[len(extents) * KEY_BYTES :]]
+            )
+            attachment.release()
+            if not frames:
+                break
+            placements += [
+                Placement(0, 0, length, 0, sum_) for length, sum_ in zip(reply.lengths, reply.checksums, strict=True)
+            ]
+            extents += [frame.toreadonly() for frame in frames]
+        return PinnedChunks(self, self._hold(), request_id, placements, extents, is_inline=True)
+
+    def retrieve(
+        self,
+        keys: bytes,
+        buffers: Sequence[bytearray | memoryview],
+        request_id: str = "",
+        rank: int = 0,
+        check_content: bool = False,
+    ) -> int:
+        """Copy the leading chunks that are present into `buffers`; return how many.
+
+        Raises: StaleReadError, ChecksumError: what is in the buffers is not to be used. UnreachableError, RemoteError.
+        """
+        with self.pin(keys, request_id, rank) as pinned:
+            for buffer, extent in zip(buffers, pinned.extents):  # noqa: B905 - a miss ends the shorter one
+                memoryview(buffer)[:] = extent
+            pinned.verify(check_content)
+            return min(len(buffers), len(pinned.extents))
+
+
+def _make_put(namespace_id: int, rank: int, parent: bytes = b"") -> MakePut:
+    def make(client_id: str, sums: list[int]) -> Put:
+        return Put(client=client_id, namespace_id=namespace_id, rank=rank, parent=parent, checksums=sums)
+
+    return make
+
+
+def _put_as(make: MakePut, sums: list[int], attachment: Attachment) -> Put:
+    return make(attachment.client_id, sums)
+
+
+def _extents(attachment: Attachment, placements: list[Placement]) -> list[memoryview]:
+    """The bytes of each place; on an error the attachment is given back."""
+    try:
+        if attachment.view is None:  # the server restarted out of our sight, and this life cannot be mapped
+            raise PoolError("the pool can no longer be mapped", hint="try again: chunks will travel over the socket")
+        return [attachment.view.extent(place.offset, place.length) for place in placements]
+    except PoolError:
+        attachment.release()
+        raise
+
+
+def _release_views(extents: list[memoryview]) -> None:
+    """What the caller still looks at (an array made from it) stays mapped until it goes; the place is given back now."""
+    for extent in extents:
+        with contextlib.suppress(BufferError):
+            extent.release()
+
+
+def _batches(lengths: list[int]) -> Iterator[tuple[int, int]]:
+    start = total = 0
+    for index, length in enumerate(lengths):
+        if index > start and total + length > INLINE_BATCH_BYTES:
+            yield start, index
+            start, total = index, 0
+        total += length
+    if lengths:
+        yield start, len(lengths)

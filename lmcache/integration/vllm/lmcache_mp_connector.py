@@ -1,0 +1,209 @@
+"""The class that vLLM picks by itself for `"kv_connector": "LMCacheMPConnector"`.
+
+Comes in: vLLM's calls, in the scheduler's and in the worker's process. Goes out: nothing that could
+stop vLLM: whatever fails in here is a miss. Next on the data path: `scheduler.py` and `worker.py`.
+
+The interface is that of vLLM 0.32 and 0.33, `vllm/distributed/kv_transfer/kv_connector/v1/base.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+
+from lmcache.client.kvcache import KVCacheClient
+from lmcache.errors import LMCacheError
+from lmcache.integration.vllm.scheduler import SchedulerHalf
+from lmcache.integration.vllm.steps import StepPlan, StepReport, WorkerHello
+from lmcache.integration.vllm.utils import ConnectorConfig
+from lmcache.integration.vllm.worker import WorkerHalf
+from lmcache.log import init_logger
+
+logger = init_logger(__name__)
+
+
+class PlanMetadata(KVConnectorMetadata):
+    """A `StepPlan` as vLLM carries it from the scheduler to the worker."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self.plan = plan
+
+
+class ReportMetadata(KVConnectorWorkerMetadata):
+    """A `StepReport` as vLLM carries it back."""
+
+    def __init__(self, report: StepReport) -> None:
+        self.report = report
+
+    def aggregate(self, other: ReportMetadata) -> ReportMetadata:
+        """Return both workers' reports as one."""
+        return ReportMetadata(self.report.merge(other.report))
+
+
+class HelloMetadata(KVConnectorHandshakeMetadata):
+    """A `WorkerHello` as vLLM carries it to the scheduler at start."""
+
+    def __init__(self, hello: WorkerHello) -> None:
+        self.hello = hello
+
+
+class LMCacheMPConnector(KVConnectorBase_V1):
+    """One half of the plug-in: vLLM makes one for its scheduler and one for each worker."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        config = _read_config(transfer.kv_connector_extra_config)
+        is_worker = role == KVConnectorRole.WORKER
+        client = KVCacheClient(
+            config.url,
+            kind="engine-worker" if is_worker else "engine-scheduler",
+            timeout_seconds=config.timeout_seconds,
+            heartbeat=True,
+            heartbeat_seconds=config.heartbeat_seconds,
+        )
+        self._worker: WorkerHalf | None = None
+        self._scheduler: SchedulerHalf | None = None
+        if is_worker:
+            self._worker = WorkerHalf(client)
+        else:
+            self._scheduler = SchedulerHalf(client, can_load=transfer.is_kv_consumer, can_store=transfer.is_kv_producer)
+            logger.info("KV cache server: %s", config.url)
+            if transfer.kv_load_failure_policy == "fail":
+                logger.warning(
+                    'a load that fails will fail its request; add "kv_load_failure_policy": "recompute" to --kv-transfer-config'
+                )
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """No. Where vLLM uses CUDA graphs it asks at once, so a bad setting is told before the model is loaded."""
+        _read_config(extra_config)
+        return False
+
+    # -- worker: start and end --------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Take over vLLM's KV tensors."""
+        assert self._worker is not None
+        self._worker.register(kv_caches, self._vllm_config, self._kv_cache_config)
+
+    def get_handshake_metadata(self) -> HelloMetadata | None:
+        """Return what the scheduler's half must know before it can start."""
+        return HelloMetadata(self._worker.hello) if self._worker is not None else None
+
+    def shutdown(self) -> None:
+        """Leave the server; its pins and reservations go."""
+        for half in (self._worker, self._scheduler):
+            if half is not None:
+                half.close()
+
+    # -- worker: one step -------------------------------------------------------------------------
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Load what this step's forward pass needs; done on return."""
+        if self._worker is not None and self._connector_metadata is not None:
+            self._worker.load(self._connector_metadata.plan)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Return: `start_load_kv` has loaded all layers."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Return: `wait_for_save` stores all layers at once."""
+
+    def wait_for_save(self) -> None:
+        """Store the chunks that this step completed; done on return."""
+        if self._worker is not None and self._connector_metadata is not None:
+            self._worker.store(self._connector_metadata.plan)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Return the blocks that this step's loads did not fill; vLLM computes them."""
+        return self._worker.take_failed_blocks() if self._worker is not None else set()
+
+    def build_connector_worker_meta(self) -> ReportMetadata | None:
+        """Return the report on this step's loads."""
+        report = self._worker.take_report() if self._worker is not None else None
+        return ReportMetadata(report) if report is not None else None
+
+    # -- scheduler --------------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata(self, metadata: Mapping[Any, Any]) -> None:
+        """Start to work as the workers say."""
+        if self._scheduler is not None:
+            hellos = [m.hello for m in metadata.values() if isinstance(m, HelloMetadata)]
+            self._scheduler.hear(hellos)
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
+        """Start to work as the workers say; the base class takes no pipeline ranks."""
+        self.set_xfer_handshake_metadata(metadata)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Return how many tokens can be loaded, within the step that needs them."""
+        scheduler = self._scheduler_half()
+        num_tokens = 0
+        with _as_a_miss(scheduler):
+            num_tokens = scheduler.match(request, num_computed_tokens)
+        return num_tokens, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Plan the load of `num_external_tokens`, if any, into the request's blocks."""
+        scheduler = self._scheduler_half()
+        # Not guarded: vLLM counts on the load from here on. It is bookkeeping that cannot fail.
+        scheduler.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+        if not num_external_tokens:
+            with _as_a_miss(scheduler):
+                scheduler.free_pins(request.request_id)
+
+    def build_connector_meta(self, scheduler_output: Any) -> PlanMetadata:
+        """Return the plan of this step."""
+        scheduler = self._scheduler_half()
+        plan = scheduler.plan_loads()
+        with _as_a_miss(scheduler):
+            scheduler.plan_stores(plan, scheduler_output)
+        return PlanMetadata(plan)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Take note of how a step's loads went."""
+        scheduler = self._scheduler_half()
+        meta = connector_output.kv_connector_worker_meta
+        if isinstance(meta, ReportMetadata):
+            with _as_a_miss(scheduler):
+                scheduler.hear_report(meta.report, connector_output.invalid_block_ids)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Forget the request; its blocks are free at once, because stores are synchronous."""
+        scheduler = self._scheduler_half()
+        with _as_a_miss(scheduler):
+            scheduler.finished(request.request_id)
+        return False, None
+
+    def _scheduler_half(self) -> SchedulerHalf:
+        assert self._scheduler is not None, "vLLM called a scheduler's method on a worker"
+        return self._scheduler
+
+
+def _read_config(extra_config: Mapping[str, Any]) -> ConnectorConfig:
+    """Return our settings; a bad one stops vLLM at start, as its own bad settings do."""
+    try:
+        return ConnectorConfig.read(extra_config)
+    except LMCacheError as exc:
+        raise ValueError(f"{exc}; hint: {exc.hint}") from exc
+
+
+@contextmanager
+def _as_a_miss(scheduler: SchedulerHalf) -> Iterator[None]:
+    """Let no failure through to vLLM; one that we did not foresee is logged with its traceback."""
+    try:
+        yield
+    except LMCacheError as exc:
+        scheduler.note_failure(exc)
+    except Exception:
+        logger.exception("the KV cache plug-in failed; the request goes on without")

@@ -1,0 +1,300 @@
+"""The scheduler's half of the plug-in: which prompt prefixes are cached, what to load and store.
+
+Comes in: vLLM's requests and scheduling decisions. Goes out: the `StepPlan` of each step. Next on
+the data path: `worker.py`.
+
+Keys are computed here, and travel with the plan: the worker hashes nothing. The namespace comes the
+other way, from the worker (`WorkerHello`), because only the worker sees the KV tensors whose layout
+is part of it; vLLM's `kv_cache_config` says less to the scheduler than to the worker (specs are
+merged) and nothing about strides or the attention backend. Until the worker has spoken, nothing is
+looked up.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from lmcache.client.kvcache import KVCacheClient
+from lmcache.errors import LMCacheError
+from lmcache.integration.vllm.steps import (
+    ChunkSpan,
+    StepPlan,
+    StepReport,
+    StoreSpan,
+    WorkerHello,
+)
+from lmcache.integration.vllm.utils import is_cacheable, request_namespace
+from lmcache.keys import KEY_BYTES, ChunkHasher, Namespace
+from lmcache.layout import KVLayout
+from lmcache.log import RateLimitedLog, init_logger
+
+logger = init_logger(__name__)
+
+
+UNKNOWN = sys.maxsize
+
+
+@dataclass
+class TrackedRequest:
+    """What is known of one request that vLLM has asked about.
+
+    `keys` covers the whole chunks of its tokens. `hit_chunks` is what the lookup found for the
+    admission that is under way, valid in the server life `hit_boot`. Chunks before `stored_chunks`
+    need not be offered for storing. While some blocks are distrusted, `own_from` is the token from
+    which on the request has computed all KV itself, and from trusted blocks.
+    """
+
+    request_id: str
+    namespace: Namespace
+    blocks_per_chunk: int
+    hasher: ChunkHasher
+    num_prompt_tokens: int
+    keys: bytes = b""
+    hit_chunks: int = 0
+    hit_boot: str = ""
+    has_pins: bool = False
+    matched_from: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    stored_chunks: int = 0
+    own_from: int = UNKNOWN
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of one engine block."""
+        return self.namespace.chunk_size // self.blocks_per_chunk
+
+    def key_span(self, start: int, end: int) -> bytes:
+        """Return the keys of chunks [start, end)."""
+        return self.keys[start * KEY_BYTES : end * KEY_BYTES]
+
+
+class SchedulerHalf:
+    """One per engine, in vLLM's EngineCore process; main thread only.
+
+    What talks to the server may raise `LMCacheError`: the caller goes on without the cache.
+
+    Args:
+        client: this process's own.
+        can_load, can_store: what vLLM's `kv_role` allows.
+    """
+
+    def __init__(self, client: KVCacheClient, *, can_load: bool = True, can_store: bool = True) -> None:
+        self._client = client
+        self._can_load = can_load
+        self._can_store = can_store
+        self._namespace: Namespace | None = None
+        self._layout: KVLayout | None = None
+        self._tracked: dict[str, TrackedRequest] = {}
+        self._loads: list[ChunkSpan] = []
+        self._known_load_failures = 0
+        # Blocks whose KV may have been computed from a load that failed: never stored.
+        self._tainted: set[int] = set()
+        self._log = RateLimitedLog(logger)
+
+    def hear(self, hellos: Iterable[WorkerHello]) -> None:
+        """Start to work as the workers say; one that refuses keeps the cache off."""
+        for hello in hellos:
+            if hello.refusal or hello.namespace is None:
+                logger.error("serving without the KV cache: %s", hello.refusal)
+                self._namespace = self._layout = None
+                return
+            self._namespace, self._layout = hello.namespace, hello.layout
+
+    # -- before a step ----------------------------------------------------------------------------
+
+    def match(self, request: Any, num_computed_tokens: int) -> int:
+        """Return how many tokens after those computed can be loaded; at least one stays to compute.
+
+        vLLM asks again in the next step when it has no room for the request, so the answer is kept.
+
+        Raises: LMCacheError; the answer is then 0.
+        """
+        tracked = self._track(request)
+        if tracked is None:
+            return 0
+        chunk_size = tracked.namespace.chunk_size
+        usable = (request.num_tokens - 1) // chunk_size
+        if not self._can_load or usable * chunk_size <= num_computed_tokens:
+            return 0
+        hit_tokens = self._lookup(tracked, usable) * chunk_size
+        tracked.matched_from = num_computed_tokens
+        return max(0, hit_tokens - num_computed_tokens)
+
+    def _track(self, request: Any) -> TrackedRequest | None:
+        """Return the request's entry with up-to-date keys; None when it cannot be cached."""
+        if self._namespace is None or self._layout is None or not is_cacheable(request):
+            return None
+        chunk_size = self._client.attach().chunk_size
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or tracked.namespace.chunk_size != chunk_size:
+            engine = msgspec.structs.replace(self._namespace, chunk_size=chunk_size)
+            namespace = request_namespace(engine, request)
+            tracked = self._tracked[request.request_id] = TrackedRequest(
+                request.request_id,
+                namespace,
+                self._layout.blocks_per_chunk(chunk_size),
+                ChunkHasher(namespace),
+                request.num_prompt_tokens,
+            )
+        tracked.keys = tracked.hasher.extend_to(request.all_token_ids)
+        return tracked
+
+    def _lookup(self, tracked: TrackedRequest, usable: int) -> int:
+        boot = self._client.attach().boot
+        if tracked.hit_boot != boot:
+            tracked.hit_chunks, tracked.has_pins = 0, False
+            reply = self._client.lookup(tracked.key_span(0, usable), tracked.request_id)
+            tracked.hit_chunks = reply.l1_chunks
+            tracked.has_pins = reply.l1_chunks > 0
+            tracked.hit_boot = reply.boot
+        return min(tracked.hit_chunks, usable)
+
+    def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
+        """Take note that vLLM admits a request and expects `num_external_tokens` to be loaded."""
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return
+        tracked.block_ids = list(block_ids)
+        tracked.stored_chunks = tracked.hit_chunks
+        tracked.hit_chunks, tracked.hit_boot = 0, ""  # another admission looks again
+        tracked.own_from = UNKNOWN
+        if num_external_tokens > 0:
+            self._loads.append(self._span_to_load(tracked, num_external_tokens))
+
+    def _span_to_load(self, tracked: TrackedRequest, num_tokens: int) -> ChunkSpan:
+        chunk_size, block_size = tracked.namespace.chunk_size, tracked.block_size
+        start, end = tracked.matched_from, tracked.matched_from + num_tokens
+        first_chunk = start // chunk_size
+        return ChunkSpan(
+            tracked.request_id,
+            tracked.key_span(first_chunk, -(-end // chunk_size)),
+            tracked.block_ids[start // block_size : -(-end // block_size)],
+            tracked.blocks_per_chunk,
+            skip_blocks=(start - first_chunk * chunk_size) // block_size,
+        )
+
+    def plan_loads(self) -> StepPlan:
+        """Return the plan of a step, with the loads of the requests that it admits."""
+        loads, self._loads = self._loads, []
+        for load in loads:
+            self._tainted.difference_update(load.block_ids)
+        return StepPlan(loads, known_load_failures=self._known_load_failures)
+
+    def plan_stores(self, plan: StepPlan, scheduler_output: Any) -> None:
+        """Add the chunks that the step will complete."""
+        scheduled = scheduler_output.num_scheduled_tokens
+        for request_id, block_ids, is_all, computed in _scheduled_requests(scheduler_output):
+            tracked = self._tracked.get(request_id)
+            if tracked is None:
+                continue
+            if is_all:
+                tracked.block_ids.clear()
+            tracked.block_ids += block_ids
+            end = computed + scheduled[request_id]
+            if self._tainted:
+                self._follow_taint(tracked, computed, end)
+            store = self._span_to_store(tracked, end)
+            if store is not None:
+                tracked.stored_chunks += store.num_chunks
+                plan.stores.append(store)
+
+    def _follow_taint(self, tracked: TrackedRequest, start: int, end: int) -> None:
+        """What a request computes, now tokens [start, end), is as good as all before it."""
+        tracked.own_from = min(tracked.own_from, start)  # vLLM goes back to what was invalid
+        first, last = -(-tracked.own_from // tracked.block_size), end // tracked.block_size
+        if self._tainted.isdisjoint(tracked.block_ids[:first]):
+            self._tainted.difference_update(tracked.block_ids[first:last])
+        else:
+            self._tainted.update(tracked.block_ids[first:])
+            tracked.own_from = UNKNOWN
+
+    def _span_to_store(self, tracked: TrackedRequest, end: int) -> StoreSpan | None:
+        """Return the prompt's chunks not yet offered that are complete once `end` is reached.
+
+        Chunks that hold generated tokens are left out: they are hardly ever asked for again, and
+        would push out those that are.
+        """
+        first = tracked.stored_chunks
+        last = min(end, tracked.num_prompt_tokens) // tracked.namespace.chunk_size
+        num_blocks = last * tracked.blocks_per_chunk
+        blocks = tracked.block_ids[:num_blocks]
+        if not self._can_store or last <= first or len(blocks) < num_blocks or not self._tainted.isdisjoint(blocks):
+            return None
+        return StoreSpan(
+            tracked.request_id,
+            tracked.key_span(first, last),
+            blocks[first * tracked.blocks_per_chunk :],
+            tracked.blocks_per_chunk,
+            namespace_id=tracked.namespace.id,
+            parent=tracked.key_span(first - 1, first) if first else b"",
+        )
+
+    # -- after a step -----------------------------------------------------------------------------
+
+    def hear_report(self, report: StepReport, invalid_block_ids: Iterable[int]) -> None:
+        """Let go of what has been loaded, and distrust what came from a load that failed."""
+        if report.load_failures > self._known_load_failures:
+            self._known_load_failures = report.load_failures
+            self._distrust(set(invalid_block_ids))
+        for request_id in report.ended_loads:
+            self.free_pins(request_id)
+
+    def _distrust(self, invalid: set[int]) -> None:
+        """Mark the invalid blocks and all that may have been computed from them.
+
+        vLLM computes them again, and `_follow_taint` notices. The worker has dropped what this step
+        and those in flight meant to store, so all is offered again.
+        """
+        self._tainted |= invalid
+        grew = True
+        while grew:
+            before = len(self._tainted)
+            for tracked in self._tracked.values():
+                at = [i for i, block in enumerate(tracked.block_ids) if block in self._tainted]
+                self._tainted.update(tracked.block_ids[at[0] :] if at else ())
+            grew = len(self._tainted) > before
+        for tracked in self._tracked.values():
+            tracked.stored_chunks, tracked.own_from = 0, UNKNOWN
+
+    def finished(self, request_id: str) -> None:
+        """Forget a request.
+
+        Raises: LMCacheError after it was forgotten.
+        """
+        tracked = self._tracked.pop(request_id, None)
+        if tracked is not None and tracked.has_pins:
+            self._client.end_session(request_id)
+
+    def free_pins(self, request_id: str) -> None:
+        """Let go of what the request's lookup pinned.
+
+        Raises: LMCacheError; the server then lets go of it by itself.
+        """
+        tracked = self._tracked.get(request_id)
+        if tracked is not None and tracked.has_pins:
+            tracked.has_pins = False
+            self._client.free_lookup_locks(request_id)
+
+    def note_failure(self, exc: Exception) -> None:
+        """Log that the cache was of no use for once, at most once per interval and kind."""
+        hint = f" ({exc.hint})" if isinstance(exc, LMCacheError) and exc.hint else ""
+        self._log.warning(type(exc).__name__, f"serving without the KV cache: {exc}{hint}")
+
+    def close(self) -> None:
+        """Leave the server."""
+        self._client.close()
+
+
+def _scheduled_requests(output: Any) -> Iterable[tuple[str, list[int], bool, int]]:
+    """Yield (request id, block ids, whether these are all its blocks, tokens computed before)."""
+    for new in output.scheduled_new_reqs:
+        yield new.req_id, list(new.block_ids[0]), True, new.num_computed_tokens
+    cached = output.scheduled_cached_reqs
+    for request_id, new_blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+        blocks = list(new_blocks[0]) if new_blocks is not None else []
+        yield request_id, blocks, request_id in cached.resumed_req_ids, computed

@@ -1,0 +1,72 @@
+"""What vLLM's two processes tell each other, through vLLM: plain data that is pickled on the way.
+
+`scheduler.py` writes a `StepPlan` for every step, `worker.py` carries it out and answers with a
+`StepReport`. At start the worker says in a `WorkerHello` what its KV looks like.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lmcache.keys import KEY_BYTES, Namespace
+from lmcache.layout import KVLayout
+
+
+@dataclass(frozen=True)
+class ChunkSpan:
+    """Consecutive chunks of one request: their keys, and the engine blocks that hold their tokens.
+
+    `block_ids` starts with block `skip_blocks` of the first chunk and may end inside the last one.
+    """
+
+    request_id: str
+    keys: bytes
+    block_ids: list[int]
+    blocks_per_chunk: int
+    skip_blocks: int = 0
+
+    @property
+    def num_chunks(self) -> int:
+        """How many chunks there are."""
+        return len(self.keys) // KEY_BYTES
+
+
+@dataclass(frozen=True)
+class StoreSpan(ChunkSpan):
+    """Chunks to store. `parent` is the key before the first; it is empty at a prompt's start."""
+
+    namespace_id: int = 0
+    parent: bytes = b""
+
+
+@dataclass
+class StepPlan:
+    """What the worker does before (loads) and after (stores) the forward pass of one step.
+
+    `known_load_failures`: how many failed loads the scheduler had heard of when it made the plan.
+    """
+
+    loads: list[ChunkSpan] = field(default_factory=list)
+    stores: list[StoreSpan] = field(default_factory=list)
+    known_load_failures: int = 0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The requests whose loads are over, and how many loads have failed since the start."""
+
+    ended_loads: frozenset[str] = frozenset()
+    load_failures: int = 0
+
+    def merge(self, other: StepReport) -> StepReport:
+        """Return both workers' reports as one."""
+        return StepReport(self.ended_loads | other.ended_loads, max(self.load_failures, other.load_failures))
+
+
+@dataclass(frozen=True)
+class WorkerHello:
+    """The worker's namespace (its chunk size is 0: that is the server's) and layout, or why not."""
+
+    namespace: Namespace | None = None
+    layout: KVLayout | None = None
+    refusal: str = ""

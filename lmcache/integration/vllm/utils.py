@@ -1,0 +1,178 @@
+"""Reading vLLM's configuration: where the server is, and what identifies a model's KV.
+
+Comes in: vLLM's configuration and request objects. Goes out: `ConnectorConfig` and namespaces.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmcache.errors import UsageError
+from lmcache.keys import Namespace
+from lmcache.layout import KVLayout
+from lmcache.protocol import DEFAULT_ZMQ_PORT
+
+PREFIX = "lmcache."
+# The whole engine waits for a server that hangs, once, until the deadline. vLLM's own class gives it 300 s.
+MAX_TIMEOUT_SECONDS = 30.0
+_ADDRESS = re.compile(r"tcp://(\[[^\]\s]+\]|[^:/\s]+):\d{1,5}|ipc://\S+")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+WEIGHT_SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """The `lmcache.*` keys of vLLM's `kv_connector_extra_config`, and their defaults."""
+
+    url: str = f"tcp://localhost:{DEFAULT_ZMQ_PORT}"
+    timeout_seconds: float = 2.0
+    heartbeat_seconds: float = 1.0
+
+    @classmethod
+    def read(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
+        """Return the settings in vLLM's mapping.
+
+        Raises: UsageError for an unknown key under `lmcache.` or a value that cannot be used.
+        """
+        known: dict[str, Callable[[str, object], Any]] = {
+            "lmcache.mp.url": _text,
+            "lmcache.mp.host": _text,
+            "lmcache.mp.port": _port,
+            "lmcache.mp.mq_timeout": _seconds,
+            "lmcache.mp.heartbeat_interval": _seconds,
+        }
+        for key in extra:
+            if key.startswith(PREFIX) and key not in known:
+                nearest = difflib.get_close_matches(key, known, 1) or list(known)
+                raise UsageError(
+                    f"unknown key {key!r} in kv_connector_extra_config",
+                    hint=f"did you mean {nearest[0]!r}? known: {', '.join(known)}",
+                )
+        values = {key: read(key, extra[key]) for key, read in known.items() if key in extra}
+        host = values.get("lmcache.mp.host", "tcp://localhost")
+        port = values.get("lmcache.mp.port", DEFAULT_ZMQ_PORT)
+        url = _with_scheme(values.get("lmcache.mp.url", f"{host}:{port}"))
+        if not _ADDRESS.fullmatch(url):
+            key = "lmcache.mp.url" if "lmcache.mp.url" in values else "lmcache.mp.host"
+            raise _refuse(key, values[key], "the server's ZMQ address, such as tcp://host:5555 or ipc:///path")
+        return cls(
+            url=url,
+            timeout_seconds=min(values.get("lmcache.mp.mq_timeout", cls.timeout_seconds), MAX_TIMEOUT_SECONDS),
+            heartbeat_seconds=values.get("lmcache.mp.heartbeat_interval", cls.heartbeat_seconds),
+        )
+
+
+def _with_scheme(address: str) -> str:
+    return address if "://" in address else f"tcp://{address}"
+
+
+def _refuse(key: str, value: object, expected: str) -> UsageError:
+    return UsageError(
+        f"{key} is {value!r}, expected {expected}",
+        hint="correct kv_connector_extra_config in --kv-transfer-config",
+    )
+
+
+def _text(key: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise _refuse(key, value, "text such as 'tcp://localhost'")
+    return value
+
+
+def _port(key: str, value: object) -> int:
+    text = str(value)
+    if isinstance(value, bool) or not text.isdigit() or not 0 < int(text) < 1 << 16:
+        raise _refuse(key, value, "a port from 1 to 65535")
+    return int(text)
+
+
+def _seconds(key: str, value: object) -> float:
+    try:
+        seconds = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if isinstance(value, bool) or not 0 < seconds < float("inf"):
+        raise _refuse(key, value, "a number of seconds above 0")
+    return seconds
+
+
+def mla_enabled(model_config: Any) -> bool:
+    """Tell whether the model keeps one latent vector a token instead of keys and values."""
+    return bool(getattr(model_config, "use_mla", False))
+
+
+def engine_namespace(vllm_config: Any, layout: KVLayout) -> Namespace:
+    """Return what all requests of this engine have in common; the chunk size is still open (0)."""
+    model = vllm_config.model_config
+    return Namespace(
+        model=str(model.model),
+        revision=_model_revision(model),
+        dtype=layout.dtype,
+        layout=layout.fingerprint,
+        chunk_size=0,
+        world_size=vllm_config.parallel_config.world_size,
+    )
+
+
+def _model_revision(model: Any) -> str:
+    """Return the model's revision and a digest of all else that decides what its KV holds.
+
+    A folder has no revision, so a sample of its weights stands for it: a checkpoint that was
+    overwritten in place must not find the old one's KV.
+    """
+    config = model.hf_config
+    commit = getattr(config, "_commit_hash", None) or model.revision or ""
+    folder = Path(str(model.model))
+    parts = {
+        "config": config.to_dict() if hasattr(config, "to_dict") else repr(config),
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "weights": weights_digest(folder) if folder.is_dir() else "",
+    }
+    text = json.dumps(parts, sort_keys=True, default=_described)
+    return f"{commit}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _described(value: object) -> str:
+    """An object without a text of its own would be described by its address, new in each run."""
+    return type(value).__name__ if type(value).__repr__ is object.__repr__ else str(value)
+
+
+def weights_digest(folder: Path) -> str:
+    """Return a digest of each weight file's name, length and first and last 64 KiB."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES):
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name}\0{size}\0".encode())
+            digest.update(file.read(WEIGHT_SAMPLE_BYTES))
+            file.seek(max(0, size - WEIGHT_SAMPLE_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def request_namespace(engine: Namespace, request: Any) -> Namespace:
+    """Return the engine's namespace narrowed to one request's adapter, media and tenant."""
+    lora = request.lora_request
+    media = [
+        (feature.identifier, feature.mm_position.offset, feature.mm_position.length) for feature in request.mm_features or ()
+    ]
+    return engine.for_request(
+        # The path too: an adapter's name can be given to another file.
+        lora=json.dumps([lora.lora_name, lora.lora_path]) if lora is not None else "",
+        multimodal=hashlib.sha256(json.dumps(media).encode()).hexdigest() if media else "",
+        cache_salt=request.cache_salt or "",
+    )
+
+
+def is_cacheable(request: Any) -> bool:
+    """Tell whether the request's token ids decide its KV and stay what they are."""
+    return request.prompt_token_ids is not None and request.prompt_embeds is None and not request.resumable

@@ -1,0 +1,199 @@
+"""Every metric that the server exports: name, kind, labels with all their values, help. `docs/metrics.md` is made from it.
+
+Each series exists from the start, at 0: the values of every label are fixed here. Units are in the names.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from lmcache.protocol import REQUESTS
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+
+class Kind(str, Enum):
+    """Prometheus's kinds of metric."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+class MetricSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One metric. `labels` maps a label to all values it can have."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: dict[str, tuple[str, ...]] = {}
+
+    @property
+    def exported_name(self) -> str:
+        """The name on `/metrics`; Prometheus's client adds `_total` to counters."""
+        return f"{self.name}_total" if self.kind is Kind.COUNTER else self.name
+
+
+OPS = (*REQUESTS, "invalid")
+# Requests take from some µs (NOOP) to tens of ms (an inline PUT of 32 MiB).
+DURATION_BUCKETS = (20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3, 0.2, 1.0)
+
+
+def _counter(name: str, help_: str, **labels: tuple[str, ...]) -> MetricSpec:
+    return MetricSpec(name=name, kind=Kind.COUNTER, help=help_, labels=labels)
+
+
+def _gauge(name: str, help_: str, **labels: tuple[str, ...]) -> MetricSpec:
+    return MetricSpec(name=name, kind=Kind.GAUGE, help=help_, labels=labels)
+
+
+SPECS: tuple[MetricSpec, ...] = (
+    _counter(
+        "lmcache_requests",
+        "Requests answered, by operation and outcome.",
+        op=OPS,
+        outcome=("ok", "error"),
+    ),
+    MetricSpec(
+        name="lmcache_request_duration_seconds",
+        kind=Kind.HISTOGRAM,
+        help="Time in the server from reading a request to handing over its reply, deferred waiting included.",
+        labels={"op": OPS},
+    ),
+    _counter(
+        "lmcache_replies_dropped",
+        "Replies that could not be handed over because the peer was gone or does not read.",
+    ),
+    _counter(
+        "lmcache_lookup_chunks",
+        "Chunks asked for by LOOKUP, found in L1 or not.",
+        result=("hit", "miss"),
+    ),
+    _counter("lmcache_stored_chunks", "Chunks committed."),
+    _counter("lmcache_stored_bytes", "Bytes of the chunks committed."),
+    _counter(
+        "lmcache_store_rejected_chunks",
+        "Chunks of STORE or PUT that got no place: exists, being written by another client (busy), or no room (full).",
+        reason=("exists", "busy", "full"),
+    ),
+    _counter(
+        "lmcache_commit_rejected_chunks",
+        "Chunks of COMMIT whose reservation was gone or another client's.",
+    ),
+    _counter("lmcache_retrieved_chunks", "Chunks handed out for reading by RETRIEVE or GET."),
+    _counter("lmcache_retrieved_bytes", "Bytes of the chunks handed out for reading."),
+    _counter("lmcache_retrieved_tokens", "Tokens of the chunks handed out for reading to rank 0."),
+    _counter(
+        "lmcache_retrieve_missing_chunks",
+        "Chunks asked for by RETRIEVE or GET that were not there: misses to the caller.",
+    ),
+    _counter(
+        "lmcache_evicted_chunks",
+        "Chunks removed: for room on demand, above the watermark, by EVICT (request) or by CLEAR.",
+        reason=("demand", "watermark", "request", "clear"),
+    ),
+    _counter(
+        "lmcache_evicted_bytes",
+        "Bytes of the chunks removed.",
+        reason=("demand", "watermark", "request", "clear"),
+    ),
+    _counter(
+        "lmcache_aborted_reservations",
+        "Reservations given back by ABORT, or taken back from a client that died.",
+    ),
+    _counter(
+        "lmcache_expired_pins",
+        "Pins released because their request held them longer than --pin-timeout-seconds.",
+    ),
+    _counter("lmcache_dead_clients", "Clients that went without GOODBYE: process gone, or lease run out."),
+    _gauge("lmcache_l1_capacity_bytes", "Size of L1."),
+    _gauge("lmcache_l1_resident_bytes", "Bytes of L1 that are resident, and so may be handed out."),
+    _gauge(
+        "lmcache_l1_used_bytes",
+        "Bytes of L1 that hold committed or reserved chunks, in whole pages.",
+    ),
+    _gauge("lmcache_l1_reserved_bytes", "Bytes of L1 that are reserved and not committed."),
+    _gauge("lmcache_l1_pinned_bytes", "Bytes of L1 that are pinned."),
+    _gauge("lmcache_l1_largest_free_bytes", "Longest run of free bytes in L1."),
+    _gauge("lmcache_l1_chunks", "Committed chunks in L1."),
+    _gauge("lmcache_pins", "Pins held, counted one by one."),
+    _gauge("lmcache_sessions", "Requests that hold pins."),
+    _gauge("lmcache_clients", "Clients whose lease holds."),
+    _gauge("lmcache_healthy", "1 when the server can do its work, else 0."),
+    _gauge("lmcache_uptime_seconds", "Seconds since the server started."),
+)
+
+
+def label_combinations(spec: MetricSpec) -> list[tuple[str, ...]]:
+    """Return every tuple of label values of a metric, in the order of its labels."""
+    combinations: list[tuple[str, ...]] = [()]
+    for values in spec.labels.values():
+        combinations = [(*combination, value) for combination in combinations for value in values]
+    return combinations
+
+
+class Metrics:
+    """One server's metrics. Written by its owner thread, read by whoever scrapes."""
+
+    def __init__(self) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each, which nobody reads
+        self.registry: CollectorRegistry = CollectorRegistry()
+        self._series: dict[tuple[str, ...], Counter | Gauge | Histogram] = {}
+        for spec in SPECS:
+            names = list(spec.labels)
+            metric: Counter | Gauge | Histogram
+            if spec.kind is Kind.COUNTER:
+                metric = Counter(spec.name, spec.help, names, registry=self.registry)
+            elif spec.kind is Kind.GAUGE:
+                metric = Gauge(spec.name, spec.help, names, registry=self.registry)
+            else:
+                metric = Histogram(spec.name, spec.help, names, registry=self.registry, buckets=DURATION_BUCKETS)
+            for combination in label_combinations(spec):
+                series = (spec.name, *combination)
+                self._series[series] = metric.labels(*combination) if names else metric
+        # Plain numbers beside the series, for STATUS: prometheus_client gives no way to read a counter back.
+        self._counts: dict[tuple[str, ...], int] = {
+            (spec.name, *combination): 0
+            for spec in SPECS
+            if spec.kind is Kind.COUNTER
+            for combination in label_combinations(spec)
+        }
+
+    def count(self, name: str, *labels: str, by: int = 1) -> None:
+        """Add to a counter."""
+        if by:
+            key = (name, *labels)
+            self._counts[key] += by
+            self._series[key].inc(by)  # type: ignore[union-attr]
+
+    def value(self, name: str, *labels: str) -> int:
+        """Return a counter."""
+        series = (name, *labels)
+        return self._counts[series]
+
+    def set(self, name: str, value: float) -> None:
+        """Set a gauge."""
+        self._series[(name,)].set(value)  # type: ignore[union-attr]
+
+    def observe(self, name: str, label: str, value: float) -> None:
+        """Add a sample to a histogram."""
+        self._series[(name, label)].observe(value)  # type: ignore[union-attr]
+
+    def counters(self) -> dict[str, object]:
+        """Return every counter but those by operation: a number, or a map by its one label's value."""
+        found: dict[str, object] = {}
+        for key, value in self._counts.items():
+            name = key[0].removeprefix("lmcache_")
+            if len(key) == 1:
+                found[name] = value
+            elif len(key) == 2:
+                by_label = found.setdefault(name, {})
+                assert isinstance(by_label, dict)
+                by_label[key[1]] = value
+        return found

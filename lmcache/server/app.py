@@ -1,0 +1,273 @@
+"""Builds the server from its settings, runs it in the foreground and takes it down. All state is made here and passed in."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import secrets
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from lmcache import __version__
+from lmcache.errors import PoolError, PoolSizeError, UsageError
+from lmcache.log import configure_logging, init_logger
+from lmcache.metrics import Metrics
+from lmcache.pool import NAME_PREFIX, PoolFile, remove_stale_pools
+from lmcache.server import http_frontend
+from lmcache.server.args import ServerConfig, add_arguments, config_from_args
+from lmcache.server.http_frontend import HttpFrontend
+from lmcache.server.service import CacheService, Endpoints
+from lmcache.server.sessions import Sessions
+from lmcache.server.zmq_frontend import ZmqFrontend
+from lmcache.storage import sizing
+from lmcache.storage.manager import RemovalReason, StorageManager
+
+logger = init_logger(__name__)
+
+# What malloc may keep for the next inline messages.
+KEPT_BYTES = 128 << 20
+
+
+class RunningServer:
+    """A server whose threads run: `endpoints` says where. `stop` ends everything and removes what must not stay."""
+
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        service: CacheService,
+        owner: ZmqFrontend,
+        http: HttpFrontend | None,
+        metrics_server: Any,
+    ) -> None:
+        self.endpoints = endpoints
+        self.service = service
+        self._owner = owner
+        self._http = http
+        self._metrics_server = metrics_server
+        self._is_stopped = False
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the owner thread runs."""
+        return self._owner.is_alive
+
+    def stop(self) -> None:
+        """Stop listening, end the threads, close the pool. Doing it again does nothing."""
+        if self._is_stopped:
+            return
+        self._is_stopped = True
+        if self._http is not None:
+            self._http.stop()
+        _stop_metrics(self._metrics_server)
+        self._owner.stop()
+        self.service.storage.close()
+
+
+def start_server(config: ServerConfig) -> RunningServer:
+    """Start everything and return; the server answers when this returns.
+
+    Raises: UsageError (a port in use, a size that does not fit, a pool in use): nothing is left behind.
+    """
+    remove_stale_pools(Path(config.storage.pool_dir))
+    with contextlib.ExitStack() as undo:
+        owner = ZmqFrontend(config.server.host, config.server.port)
+        undo.callback(owner.stop)
+        listener: socket.socket | None = None
+        if not config.http.no_http:
+            listener = http_frontend.bind(config.http.http_host, config.http.http_port)
+            undo.callback(listener.close)
+        metrics = Metrics()
+        metrics_server = _serve_metrics(config, metrics) if config.prometheus.metrics_port else None
+        undo.callback(_stop_metrics, metrics_server)
+        pool = _open_pool(config)
+        undo.callback(_give_up, pool)
+        server = _run_on(config, pool, owner, listener, metrics, metrics_server)
+        undo.pop_all()
+    return server
+
+
+def _stop_metrics(metrics_server: Any) -> None:
+    if metrics_server is not None:
+        metrics_server.shutdown()
+        metrics_server.server_close()
+
+
+def _give_up(pool: PoolFile) -> None:
+    """Close the pool of a server that could not start; only what an earlier one left under this name stays."""
+    pool.close()
+    if not pool.adopted:
+        pool.path.unlink(missing_ok=True)
+
+
+def _run_on(
+    config: ServerConfig,
+    pool: PoolFile,
+    owner: ZmqFrontend,
+    listener: socket.socket | None,
+    metrics: Metrics,
+    metrics_server: Any,
+) -> RunningServer:
+    try:
+        storage = StorageManager(
+            pool,
+            policy_name=config.storage.eviction_policy,
+            high_watermark_ratio=config.storage.eviction_watermark,
+            eviction_ratio=config.storage.eviction_ratio,
+            on_removed=lambda reason, num_bytes: _count_removed(metrics, reason, num_bytes),
+        )
+    except OSError as exc:
+        raise PoolSizeError(f"cannot allocate the pool {pool.path}: {exc.strerror}", "use a smaller --l1-size-gb") from exc
+    endpoints = Endpoints(owner.endpoint, http_frontend.endpoint_of(listener) if listener is not None else "")
+    service = CacheService(
+        storage=storage,
+        sessions=Sessions(config.server.client_lease_seconds, config.server.pin_timeout_seconds),
+        metrics=metrics,
+        chunk_size=config.server.chunk_size,
+        engine_type=config.server.engine_type,
+        endpoints=endpoints,
+        config=config.describe(),
+        status_interval_seconds=config.telemetry.status_interval_seconds,
+    )
+    owner.start(service)
+    http = None
+    if listener is not None:
+        http = HttpFrontend(listener, owner, None if config.prometheus.no_metrics else metrics, config.http_token)
+        http.start()
+    _log_start(endpoints, pool, storage)
+    return RunningServer(endpoints, service, owner, http, metrics_server)
+
+
+def _count_removed(metrics: Metrics, reason: RemovalReason, num_bytes: int) -> None:
+    metrics.count("lmcache_evicted_chunks", reason.value)
+    metrics.count("lmcache_evicted_bytes", reason.value, by=num_bytes)
+
+
+def _serve_metrics(config: ServerConfig, metrics: Metrics) -> Any:
+    from prometheus_client import start_http_server
+
+    host, port = config.prometheus.metrics_host, config.prometheus.metrics_port
+    try:
+        server, _ = start_http_server(port, host, metrics.registry)
+    except (OSError, UnicodeError) as exc:
+        raise UsageError(f"cannot listen on http://{host}:{port}: {exc}", "choose another --metrics-port") from exc
+    return server
+
+
+def _pool_path(config: ServerConfig) -> Path:
+    """A named pool always has the same path; others get one of their own, so that two servers fit on one host."""
+    name = config.storage.pool_name or f"tmp-{secrets.token_hex(6)}"
+    return Path(config.storage.pool_dir) / f"{NAME_PREFIX}{name}"
+
+
+def _open_pool(config: ServerConfig) -> PoolFile:
+    path = _pool_path(config)
+    pool = _adopt_pool(config, path) if config.storage.pool_name and path.exists() else None
+    return pool or _create_pool(config, path)
+
+
+def _adopt_pool(config: ServerConfig, path: Path) -> PoolFile | None:
+    """Return the pool that an earlier server left; None when it was of no use and is removed."""
+    try:
+        pool = PoolFile.adopt(path)
+    except PoolError as exc:
+        if exc.code == "pool_in_use":
+            raise UsageError(exc.message, exc.hint, exc.code) from exc
+        logger.warning("starting with an empty pool: %s", exc)
+        path.unlink(missing_ok=True)
+        return None
+    if config.capacity_bytes and pool.header.capacity_bytes != config.capacity_bytes:
+        logger.warning(
+            "%s keeps its %.2f GiB; hint: remove the file to change its size",
+            path,
+            pool.header.capacity_bytes / sizing.GIB,
+        )
+    return pool
+
+
+def _create_pool(config: ServerConfig, path: Path) -> PoolFile:
+    capacity_bytes = config.capacity_bytes or sizing.default_capacity_bytes(path.parent)
+    num_slots = config.storage.max_chunks or sizing.default_slots(capacity_bytes)
+    sizing.check_size(capacity_bytes, num_slots, path.parent, config.storage.allow_overcommit)
+    try:
+        return PoolFile.create(
+            path,
+            capacity_bytes=capacity_bytes,
+            num_slots=num_slots,
+            persistent=bool(config.storage.pool_name),
+            mode=config.storage.pool_mode,
+        )
+    except PoolError as exc:
+        raise UsageError(exc.message, exc.hint, exc.code) from exc
+
+
+def _log_start(endpoints: Endpoints, pool: PoolFile, storage: StorageManager) -> None:
+    l1 = storage.l1
+    if pool.adopted:
+        logger.info(
+            "adopted %s: %d chunks served again, %d reservations dropped",
+            pool.path,
+            l1.adopted_chunks,
+            l1.dropped_reservations,
+        )
+    logger.info(
+        "lmcache %s is ready: ZMQ %s, HTTP %s, L1 %.2f GiB in %s",
+        __version__,
+        endpoints.zmq,
+        endpoints.http or "off",
+        pool.header.capacity_bytes / sizing.GIB,
+        pool.path,
+    )
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc reuse the buffers of large messages: new pages for each cost an inline store half its speed.
+
+    glibc's M_TRIM_THRESHOLD (-1) and M_MMAP_THRESHOLD (-3), the latter at its maximum. Elsewhere nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, KEPT_BYTES)
+        mallopt(-3, 32 << 20)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a server in the foreground until SIGINT or SIGTERM; return the exit code.
+
+    A stop that was asked for is a success: 0. 1 when the owner thread ended by itself.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    config = config_from_args(args)
+    configure_logging(config.telemetry.log_level, config.telemetry.log_format == "json")
+    _keep_freed_memory()
+    server = start_server(config)
+    try:
+        while not stop.wait(0.5):
+            if not server.is_alive:
+                logger.error("the owner thread ended; this is a bug")
+                return 1
+    finally:
+        server.stop()
+    logger.info("stopped")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run without the command line's front door: `python -m lmcache.server.app`."""
+    parser = argparse.ArgumentParser(prog="python -m lmcache.server.app", allow_abbrev=False)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except UsageError as exc:
+        print(f"error: {exc.message}\nhint: {exc.hint}", file=sys.stderr)
+        return exc.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,819 @@
+"""Answers each request: what every operation means.
+
+Comes in: a header frame and payload frames, from the ZMQ or the HTTP frontend alike. Goes out: a reply, at once or, for the few
+that wait, from a later `tick`. Next on the data path: `storage/manager.py`. Owner thread only; no handler blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from lmcache import __version__
+from lmcache.errors import LMCacheError, ProtocolError, RemoteError
+from lmcache.keys import KEY_BYTES, Namespace
+from lmcache.log import RateLimitedLog, init_logger
+from lmcache.metrics import Metrics
+from lmcache.pool import PAGE_BYTES, PoolFile, is_client_alive, remove_client_file
+from lmcache.protocol import (
+    FEATURES,
+    MAX_CHUNK_BYTES,
+    MIN_PROTOCOL_VERSION,
+    PROTOCOL_VERSION,
+    Abort,
+    Attach,
+    ChunkSizeReply,
+    Clear,
+    Commit,
+    CommitReply,
+    EndSession,
+    ErrorInfo,
+    Evict,
+    FreeLookupLocks,
+    Get,
+    GetChunkSize,
+    GetReply,
+    Goodbye,
+    Hello,
+    HelloReply,
+    HitStatus,
+    Lookup,
+    LookupReply,
+    Noop,
+    NoopReply,
+    PinsReply,
+    Placement,
+    Put,
+    PutReply,
+    RegisterKVCache,
+    RegisterReply,
+    Release,
+    RemovalReply,
+    Reply,
+    Request,
+    Retrieve,
+    RetrieveReply,
+    Status,
+    StatusReply,
+    Store,
+    StoreOutcome,
+    StoreReply,
+    UnregisterKVCache,
+    count_keys,
+    decode_request,
+)
+from lmcache.server.sessions import Client, LookupPins, Sessions
+from lmcache.storage.manager import Removal, RemovalReason, Selection, StorageManager
+
+logger = init_logger(__name__)
+
+STATUS_SCHEMA_VERSION = 1
+CLIENT_CHECK_SECONDS = 0.5
+PASS_SECONDS = 0.1
+BUSY_PASS_SECONDS = 0.01
+IDLE_CHECK_SECONDS = 1.0
+# Re-adding this many entries takes about 20 ms: not noticed when idle. Above it only the totals are compared.
+MAX_CHECKED_CHUNKS = 50_000
+# Bytes of one GET that may be on their way to one peer: a reader that stops reading pins no more than this.
+MAX_GET_BYTES = 64 << 20
+# Both are only there so that no sequence of good requests makes the server grow without end.
+MAX_PENDING_CLEARS = 64
+MAX_MODELS = 1024
+
+Payload = Sequence[bytes | memoryview]
+
+
+class Answer(msgspec.Struct):
+    """A reply with its payload. `undo` takes back what was granted if nobody can be told; `done` runs once it was sent."""
+
+    reply: Reply
+    payload: list[memoryview] = []
+    undo: Callable[[], object] | None = None
+    done: Callable[[], None] | None = None
+
+
+class Endpoints(msgspec.Struct):
+    """Where the server listens, as told to clients; `http` is empty without a frontend."""
+
+    zmq: str
+    http: str = ""
+
+
+class Model(msgspec.Struct):
+    """One engine's namespace as registered by its ranks."""
+
+    namespace: Namespace
+    bytes_per_token: dict[int, int]
+    world_size: int
+
+
+class PendingClear(msgspec.Struct):
+    """A CLEAR with `force` that waits for pins."""
+
+    request: Clear
+    respond: Callable[[Answer], bool]
+    removal: Removal
+    started_at: float
+    read_at: float
+
+
+class CacheService:
+    """The cache behind both frontends.
+
+    Args:
+        storage, sessions, metrics: the state, owned by the calling thread.
+        chunk_size: tokens in a chunk.
+        endpoints: filled in once both are bound.
+        config: every setting with its source, for STATUS.
+        versions: lowest and highest protocol version answered.
+        status_interval_seconds: how often a line is logged while there is traffic; 0: never.
+    """
+
+    def __init__(
+        self,
+        *,
+        storage: StorageManager,
+        sessions: Sessions,
+        metrics: Metrics,
+        chunk_size: int,
+        engine_type: str,
+        endpoints: Endpoints,
+        config: dict[str, Any] | None = None,
+        versions: tuple[int, int] = (MIN_PROTOCOL_VERSION, PROTOCOL_VERSION),
+        status_interval_seconds: float = 0.0,
+    ) -> None:
+        self.storage = storage
+        self.sessions = sessions
+        self.metrics = metrics
+        self._pool: PoolFile = storage.l1.pool
+        self._boot = self._pool.header.boot_id.hex()
+        self._chunk_size = chunk_size
+        self._engine_type = engine_type
+        self._endpoints = endpoints
+        self._config = config or {}
+        self._versions = versions
+        self._started_at = time.monotonic()
+        self._models: dict[int, Model] = {}
+        self._pending_clears: list[PendingClear] = []
+        self._orphans = storage.l1.reservations()
+        self._log = RateLimitedLog(logger)
+        self._last_request_at = self._started_at
+        self._clients_checked_at = self._started_at
+        self._unchecked = False
+        self._status_interval_seconds = status_interval_seconds
+        self._status_logged_at = self._started_at
+        self._requests_logged = 0
+        self._num_requests = 0
+        self._maintenance_error = ""
+        self._accounting_error = ""
+        self._handlers: dict[type[Request[Any]], Callable[[Any, Payload], Answer]] = {
+            Noop: self._noop,
+            GetChunkSize: self._get_chunk_size,
+            Hello: self._hello,
+            Attach: self._attach,
+            Goodbye: self._goodbye,
+            RegisterKVCache: self._register,
+            UnregisterKVCache: self._unregister,
+            Lookup: self._lookup,
+            FreeLookupLocks: self._free_lookup_locks,
+            EndSession: self._end_session,
+            Store: self._store,
+            Commit: self._commit,
+            Abort: self._abort,
+            Retrieve: self._retrieve,
+            Release: self._release,
+            Put: self._put,
+            Get: self._get,
+            Status: self._status,
+            Evict: self._evict,
+            Clear: self._clear,
+        }
+
+    # -- one request --------------------------------------------------------------------------------------------------
+
+    def handle(self, header: bytes, payload: Payload, respond: Callable[[Answer], bool]) -> None:
+        """Answer one request through `respond`, which tells whether the reply could be handed over."""
+        started_at = self._last_request_at = time.monotonic()
+        self._num_requests += 1
+        op = "invalid"
+        try:
+            request = decode_request(header, *self._versions)
+            op = str(type(request).__struct_config__.tag)
+            if isinstance(request, Clear) and request.force and not request.dry_run:
+                self._begin_clear(PendingClear(request, respond, Removal(), started_at, started_at))
+                return
+            self._send(op, self._handlers[type(request)](request, payload), respond, started_at)
+        except LMCacheError as exc:
+            if exc.code == "version_mismatch":
+                self._log.warning("version", f"a request was refused: {exc}; hint: {exc.hint}")
+            self._send(op, self._error(exc), respond, started_at)
+        except Exception as exc:  # a bug must cost its request an error, not every client the server
+            logger.exception("%s failed", op)
+            error = RemoteError(
+                f"{op} failed in the server: {exc!r}",
+                "this is a bug; see the server's log",
+                "internal",
+            )
+            self._send(op, self._error(error), respond, started_at)
+
+    def bad_frames(self, message: str, respond: Callable[[Answer], bool]) -> None:
+        """Answer frames that are no request at all."""
+        self._send(
+            "invalid",
+            self._error(ProtocolError(message, code="bad_frames")),
+            respond,
+            time.monotonic(),
+        )
+
+    def _send(self, op: str, answer: Answer, respond: Callable[[Answer], bool], started_at: float) -> None:
+        answer.reply.boot = self._boot
+        if not respond(answer):
+            self.metrics.count("lmcache_replies_dropped")
+            if answer.undo is not None:
+                answer.undo()
+        self.metrics.count("lmcache_requests", op, "error" if answer.reply.error else "ok")
+        self.metrics.observe("lmcache_request_duration_seconds", op, time.monotonic() - started_at)
+
+    def _error(self, exc: LMCacheError) -> Answer:
+        return Answer(Reply(error=ErrorInfo(exc.code, exc.message, exc.hint)))
+
+    def _client(self, client_id: str, mapped: bool = False) -> Client:
+        client = self.sessions.find(client_id)
+        if client is None:
+            raise RemoteError(
+                f"client {client_id} is not known to this server",
+                "say HELLO first: the server was restarted, or the lease ran out",
+                "unknown_client",
+            )
+        if mapped and client.presence_path is None:
+            raise RemoteError(
+                "this client has not mapped the pool",
+                "ATTACH first, or use PUT and GET",
+                "not_attached",
+            )
+        return client
+
+    # -- who is there -------------------------------------------------------------------------------------------------
+
+    def _noop(self, request: Noop, payload: Payload) -> Answer:
+        if request.client is not None:
+            self._client(request.client)
+        return Answer(
+            NoopReply(
+                version=__version__,
+                min_protocol=self._versions[0],
+                max_protocol=self._versions[1],
+                features=int(FEATURES),
+                uptime_seconds=time.monotonic() - self._started_at,
+                engine_type=self._engine_type,
+                zmq_endpoint=self._endpoints.zmq,
+                http_endpoint=self._endpoints.http,
+                problems=self.problems(),
+            )
+        )
+
+    def problems(self) -> list[str]:
+        """Return why the server cannot do its work; [] when it can."""
+        found = self.storage.problems()
+        return found + [text for text in (self._maintenance_error, self._accounting_error) if text]
+
+    def _get_chunk_size(self, request: GetChunkSize, payload: Payload) -> Answer:
+        return Answer(ChunkSizeReply(chunk_size=self._chunk_size))
+
+    def _hello(self, request: Hello, payload: Payload) -> Answer:
+        client = self.sessions.introduce(request.kind, request.pid)
+        reply = HelloReply(
+            client=client.id,
+            features=int(FEATURES) & request.features,
+            chunk_size=self._chunk_size,
+            lease_seconds=self.sessions.lease_seconds,
+            pool_path=str(self._pool.path),
+        )
+        return Answer(reply, undo=lambda: self._remove_client(client))
+
+    def _attach(self, request: Attach, payload: Payload) -> Answer:
+        client = self._client(request.client)
+        path = self._pool.client_path(client.id)
+        if request.cookie != self._pool.header.cookie:
+            raise RemoteError("the cookie is not this pool's", "another file was mapped", "wrong_pool")
+        if not is_client_alive(path, if_unknown=False):
+            raise RemoteError(f"{path} is not there, not locked or not readable", "lock it before ATTACH", "no_presence")
+        client.presence_path = path
+        return Answer(Reply())
+
+    def _goodbye(self, request: Goodbye, payload: Payload) -> Answer:
+        self._remove_client(self._client(request.client))
+        return Answer(Reply())
+
+    def _register(self, request: RegisterKVCache, payload: Payload) -> Answer:
+        client = self._client(request.client)
+        namespace = request.namespace
+        if request.layout.fingerprint != namespace.layout or request.world_size != namespace.world_size:
+            raise RemoteError("the namespace names another layout or world size", code="layout_mismatch")
+        request.layout.blocks_per_chunk(self._chunk_size)
+        if namespace.chunk_size != self._chunk_size:
+            raise RemoteError(
+                f"the engine cuts chunks of {namespace.chunk_size} tokens, the server of {self._chunk_size}",
+                "let the engine ask for the chunk size",
+                "chunk_size",
+            )
+        if request.rank >= request.world_size:
+            raise RemoteError(f"rank {request.rank} of a world of {request.world_size}", code="bad_field")
+        if request.layout.chunk_bytes(self._chunk_size) > MAX_CHUNK_BYTES:
+            raise RemoteError(
+                f"a chunk would have {request.layout.chunk_bytes(self._chunk_size)} bytes, at most {MAX_CHUNK_BYTES}",
+                "use a smaller --chunk-size",
+                "chunk_size",
+            )
+        client.registration = request
+        engine = namespace.for_request()
+        model = self._models.setdefault(engine.id, Model(engine, {}, request.world_size))
+        is_new = request.rank not in model.bytes_per_token
+        model.bytes_per_token[request.rank] = request.layout.bytes_per_token
+        self._forget_models()
+        l1_tokens = self._l1_tokens(model)
+        if is_new:
+            logger.info(
+                "%s rank %d of %d: %.1f KiB of KV a token; L1 holds %d tokens of it",
+                namespace.model,
+                request.rank,
+                request.world_size,
+                request.layout.bytes_per_token / 1024,
+                l1_tokens,
+            )
+        return Answer(RegisterReply(bytes_per_token=request.layout.bytes_per_token, l1_tokens=l1_tokens))
+
+    def _forget_models(self) -> None:
+        """Of more than MAX_MODELS, drop the oldest that no client uses."""
+        if len(self._models) > MAX_MODELS:
+            live = self._live_models()
+            for id_ in [id_ for id_ in self._models if id_ not in live][: len(self._models) - MAX_MODELS]:
+                del self._models[id_]
+
+    def _live_models(self) -> set[int]:
+        return {c.registration.namespace.id for c in self.sessions.clients.values() if c.registration is not None}
+
+    def _l1_tokens(self, model: Model) -> int:
+        known = model.bytes_per_token
+        per_token = sum(known.values()) * model.world_size // len(known)
+        return self._pool.header.capacity_bytes // max(1, per_token)
+
+    def _unregister(self, request: UnregisterKVCache, payload: Payload) -> Answer:
+        self._client(request.client).registration = None
+        return Answer(Reply())
+
+    # -- lookup -------------------------------------------------------------------------------------------------------
+
+    def _lookup(self, request: Lookup, payload: Payload) -> Answer:
+        client = self._client(request.client) if request.client is not None else None
+        keys, num_chunks = _keys(payload)
+        slots = self.storage.l1.find_prefix(keys, request.world_size)
+        hit_chunks = len(slots) // request.world_size
+        self.metrics.count("lmcache_lookup_chunks", "hit", by=hit_chunks)
+        self.metrics.count("lmcache_lookup_chunks", "miss", by=num_chunks - hit_chunks)
+        status = HitStatus.HIT if hit_chunks else HitStatus.MISS
+        answer = Answer(LookupReply(status=status, hit_chunks=hit_chunks, l1_chunks=hit_chunks))
+        if slots and client is not None:
+            self.storage.l1.touch(slots)
+            self.storage.l1.pin(slots)
+            pins = LookupPins([*slots], request.world_size)
+            self.sessions.session(client, request.request_id).lookups.append(pins)
+            answer.undo = lambda: self.storage.l1.unpin(self.sessions.forget_lookup(client, request.request_id, pins))
+        return answer
+
+    def _free_lookup_locks(self, request: FreeLookupLocks, payload: Payload) -> Answer:
+        client = self._client(request.client)
+        slots = self.sessions.free_lookup(client, request.request_id, request.start, request.end)
+        self.storage.l1.unpin(slots)
+        return Answer(PinsReply(released=len(slots)))
+
+    def _end_session(self, request: EndSession, payload: Payload) -> Answer:
+        clients = list(self.sessions.clients.values()) if request.client is None else [self._client(request.client)]
+        slots = [slot for client in clients for slot in self.sessions.end_session(client, request.request_id)]
+        self.storage.l1.unpin(slots)
+        return Answer(PinsReply(released=len(slots)))
+
+    # -- store --------------------------------------------------------------------------------------------------------
+
+    def _store(self, request: Store, payload: Payload) -> Answer:
+        client = self._client(request.client, mapped=True)
+        keys, num_chunks = _keys(payload)
+        self._check_chunk_bytes(client, {request.chunk_bytes})
+        outcomes, placements = self._reserve(client, request, keys, [request.chunk_bytes] * num_chunks)
+        reply = StoreReply(outcomes=[int(outcome) for outcome in outcomes], placements=placements)
+        return Answer(reply, undo=lambda: self._abort_placements(client, placements))
+
+    def _check_chunk_bytes(self, client: Client, lengths: set[int]) -> None:
+        """A registered engine's chunks have one length, whichever way they come."""
+        if client.registration is None:
+            return
+        expected = client.registration.layout.chunk_bytes(self._chunk_size)
+        for length in lengths - {expected}:
+            raise RemoteError(f"chunks of {length} bytes, but the registered layout makes {expected}", code="chunk_bytes")
+
+    def _reserve(
+        self, client: Client, request: Store | Put, keys: bytes, lengths: list[int]
+    ) -> tuple[list[StoreOutcome], list[Placement]]:
+        self._unchecked = True
+        outcomes, placements = self.storage.reserve(
+            keys, request.rank, lengths, request.namespace_id, client.owner, request.parent
+        )
+        client.reservations.update((placement.slot, placement) for placement in placements)
+        for reason, outcome in (
+            ("exists", StoreOutcome.EXISTS),
+            ("busy", StoreOutcome.BUSY),
+            ("full", StoreOutcome.FULL),
+        ):
+            self.metrics.count("lmcache_store_rejected_chunks", reason, by=outcomes.count(outcome))
+        if StoreOutcome.FULL in outcomes:
+            l1 = self.storage.l1
+            self._log.warning(
+                "full",
+                f"L1 is full: need {max(lengths)} bytes, {l1.pinned_pages * PAGE_BYTES} pinned,"
+                f" {l1.reserved_pages * PAGE_BYTES} reserved; hint: raise --l1-size-gb",
+            )
+        return outcomes, placements
+
+    def _commit(self, request: Commit, payload: Payload) -> Answer:
+        client = self._client(request.client, mapped=True)
+        committed = self._publish(client, request.placements)
+        rejected = [p.slot for p in request.placements if p.slot not in committed]
+        self.metrics.count("lmcache_commit_rejected_chunks", by=len(rejected))
+        return Answer(CommitReply(committed=len(committed), rejected=rejected))
+
+    def _publish(self, client: Client, placements: Sequence[Placement]) -> set[int]:
+        committed = set(self.storage.l1.commit(placements, client.owner))
+        stored_bytes = sum(client.reservations.pop(slot).length for slot in committed)
+        self.metrics.count("lmcache_stored_chunks", by=len(committed))
+        self.metrics.count("lmcache_stored_bytes", by=stored_bytes)
+        return committed
+
+    def _abort(self, request: Abort, payload: Payload) -> Answer:
+        self._abort_placements(self._client(request.client), request.placements)
+        return Answer(Reply())
+
+    def _abort_placements(self, client: Client, placements: Sequence[Placement]) -> None:
+        # One by one: a placement of long ago may name a slot that the client has reserved again since.
+        aborted = [placement.slot for placement in placements if self.storage.l1.abort([placement], client.owner)]
+        self.metrics.count("lmcache_aborted_reservations", by=len(aborted))
+        for slot in aborted:
+            client.reservations.pop(slot, None)
+
+    def _put(self, request: Put, payload: Payload) -> Answer:
+        client = self._client(request.client)
+        keys, num_chunks = _keys(payload)
+        chunks = payload[1:]
+        lengths = [len(chunk) for chunk in chunks]
+        if len(chunks) != num_chunks or len(request.checksums) not in (0, num_chunks):
+            raise ProtocolError(
+                f"{num_chunks} keys, {len(chunks)} chunks and {len(request.checksums)} checksums",
+                code="bad_keys",
+            )
+        if lengths and not 0 < min(lengths) <= max(lengths) <= MAX_CHUNK_BYTES:
+            raise ProtocolError(f"chunks have 1 to {MAX_CHUNK_BYTES} bytes", code="oversized")
+        self._check_chunk_bytes(client, set(lengths))
+        outcomes, placements = self._reserve(client, request, keys, lengths)
+        reserved = [i for i, outcome in enumerate(outcomes) if outcome is StoreOutcome.RESERVED]
+        filled = []
+        for index, placement in zip(reserved, placements, strict=True):
+            self._pool.data[placement.offset : placement.offset + placement.length] = chunks[index]
+            sum_ = request.checksums[index] if request.checksums else 0
+            filled.append(msgspec.structs.replace(placement, checksum=sum_))
+        self._publish(client, filled)
+        return Answer(PutReply(outcomes=[int(outcome) for outcome in outcomes]))
+
+    # -- retrieve -----------------------------------------------------------------------------------------------------
+
+    def _find_chunks(self, keys: bytes, num_chunks: int, rank: int, max_bytes: int | None = None) -> list[Placement]:
+        """The leading chunks of one rank that are present, at least one if any and otherwise at most `max_bytes`."""
+        l1 = self.storage.l1
+        placements: list[Placement] = []
+        total = 0
+        for index in range(num_chunks):
+            slot = l1.find(keys[index * KEY_BYTES : (index + 1) * KEY_BYTES], rank)
+            if slot is None:
+                self.metrics.count("lmcache_retrieve_missing_chunks", by=num_chunks - index)
+                break
+            placement = l1.placement(slot)
+            total += placement.length
+            if max_bytes is not None and placements and total > max_bytes:
+                total -= placement.length
+                break
+            placements.append(placement)
+        slots = [placement.slot for placement in placements]
+        if slots:
+            l1.touch(slots)
+        self.metrics.count("lmcache_retrieved_chunks", by=len(slots))
+        self.metrics.count("lmcache_retrieved_bytes", by=total)
+        if rank == 0:
+            self.metrics.count("lmcache_retrieved_tokens", by=len(slots) * self._chunk_size)
+        return placements
+
+    def _retrieve(self, request: Retrieve, payload: Payload) -> Answer:
+        client = self._client(request.client, mapped=True)
+        placements = self._find_chunks(*_keys(payload), request.rank)
+        slots = [placement.slot for placement in placements]
+        if slots:
+            self.storage.l1.pin(slots)
+            session = self.sessions.session(client, request.request_id)
+            for slot in slots:
+                session.retrieved[slot] = session.retrieved.get(slot, 0) + 1
+        return Answer(
+            RetrieveReply(placements=placements),
+            undo=lambda: self._unpin_retrieved(client, request.request_id, slots),
+        )
+
+    def _release(self, request: Release, payload: Payload) -> Answer:
+        client = self._client(request.client)
+        slots = [placement.slot for placement in request.placements]
+        return Answer(PinsReply(released=self._unpin_retrieved(client, request.request_id, slots)))
+
+    def _unpin_retrieved(self, client: Client, request_id: str, slots: list[int]) -> int:
+        freed = self.sessions.free_retrieved(client, request_id, slots)
+        self.storage.l1.unpin(freed)
+        return len(freed)
+
+    def _get(self, request: Get, payload: Payload) -> Answer:
+        """The frames are views of the pool, so the chunks stay pinned until the socket has let go of them."""
+        self._client(request.client)
+        placements = self._find_chunks(*_keys(payload), request.rank, MAX_GET_BYTES)
+        slots = [placement.slot for placement in placements]
+        data = self._pool.data
+        self.storage.l1.pin(slots)
+        return Answer(
+            GetReply(lengths=[p.length for p in placements], checksums=[p.checksum for p in placements]),
+            payload=[data[p.offset : p.offset + p.length].toreadonly() for p in placements],
+            undo=lambda: self.storage.l1.unpin(slots),
+            done=lambda: self.storage.l1.unpin(slots),
+        )
+
+    # -- removing -----------------------------------------------------------------------------------------------------
+
+    def _evict(self, request: Evict, payload: Payload) -> Answer:
+        started_at = time.monotonic()
+        keys = _keys(payload)[0] if payload else None
+        capacity = self._pool.header.capacity_bytes
+        bounds = [
+            request.num_bytes,
+            None if request.ratio is None else int(request.ratio * capacity),
+        ]
+        max_bytes = min((bound for bound in bounds if bound is not None), default=None)
+        if max_bytes is None and keys is None and request.model is None and request.older_than_seconds is None:
+            raise RemoteError("EVICT selects nothing", "give bytes, a ratio, a model, an age or keys", "bad_field")
+        selection = Selection(
+            max_bytes=max_bytes,
+            namespace_ids=None if request.model is None else self._namespace_ids(request.model),
+            older_than_seconds=request.older_than_seconds,
+            keys=keys,
+        )
+        removal = self.storage.remove(selection, RemovalReason.REQUEST, request.dry_run)
+        self._unchecked = True
+        return Answer(_removal_reply(removal, started_at))
+
+    def _namespace_ids(self, model: str) -> frozenset[int]:
+        ids = frozenset(id_ for id_, known in self._models.items() if known.namespace.model == model)
+        if not ids:
+            known = ", ".join(sorted({m.namespace.model for m in self._models.values()})) or "none"
+            raise RemoteError(f"no engine registered model {model!r}", f"registered: {known}", "unknown_model")
+        return ids
+
+    def _clear(self, request: Clear, payload: Payload) -> Answer:
+        started_at = time.monotonic()
+        removal = self.storage.remove(Selection(), RemovalReason.CLEAR, request.dry_run)
+        self._unchecked = True
+        return Answer(_removal_reply(removal, started_at))
+
+    def _begin_clear(self, pending: PendingClear) -> None:
+        if len(self._pending_clears) >= MAX_PENDING_CLEARS:
+            raise RemoteError(f"{MAX_PENDING_CLEARS} clears wait for pins already", "try again later", "busy")
+        self._pending_clears.append(pending)
+        self._continue_clears()
+
+    def _continue_clears(self) -> None:
+        """Remove what became unpinned; answer when nothing is kept or the time is up."""
+        removed = self.storage.remove(Selection(), RemovalReason.CLEAR, dry_run=False)
+        still_pending = []
+        for pending in self._pending_clears:
+            pending.removal = Removal(
+                objects=pending.removal.objects + removed.objects,
+                removed_bytes=pending.removal.removed_bytes + removed.removed_bytes,
+                kept_objects=removed.kept_objects,
+                kept_bytes=removed.kept_bytes,
+            )
+            waited = time.monotonic() - pending.started_at
+            if removed.kept_objects and waited < pending.request.timeout_seconds:
+                still_pending.append(pending)
+            else:
+                answer = Answer(_removal_reply(pending.removal, pending.started_at))
+                self._send("CLEAR", answer, pending.respond, pending.read_at)
+        self._pending_clears = still_pending
+        self._unchecked = True
+
+    # -- time passes --------------------------------------------------------------------------------------------------
+
+    @property
+    def wants_tick(self) -> bool:
+        """Whether L1 is above its watermark: better evicted while engines copy than when they ask for room."""
+        return self.storage.is_above_watermark
+
+    def tick(self) -> float:
+        """Do what no request asks for; return the seconds until the next call is due."""
+        try:
+            self.storage.run_pass()
+            if self._pending_clears:
+                self._continue_clears()
+            now = time.monotonic()
+            if now - self._clients_checked_at >= CLIENT_CHECK_SECONDS:
+                self._clients_checked_at = now
+                self._check_clients()
+            if self._unchecked and now - self._last_request_at > IDLE_CHECK_SECONDS:
+                self._unchecked = False
+                self._check_accounting()
+            if 0 < self._status_interval_seconds <= now - self._status_logged_at:
+                self._status_logged_at = now
+                self._log_status()
+            self._maintenance_error = ""
+        except Exception as exc:  # the loop must live on, and health must say what does not work
+            self._maintenance_error = f"maintenance fails: {exc!r}"
+            self._log.warning("maintenance", self._maintenance_error)
+            logger.debug("maintenance failed", exc_info=True)
+        return BUSY_PASS_SECONDS if self.storage.wants_pass_soon or self._pending_clears else PASS_SECONDS
+
+    def _check_clients(self) -> None:
+        for client in self.sessions.dead_clients():
+            logger.info("client %s (%s, pid %d) is gone", client.id[:8], client.kind, client.pid)
+            self.metrics.count("lmcache_dead_clients")
+            self._remove_client(client)
+        for client, request_id in self.sessions.expired_sessions():
+            slots = self.sessions.end_session(client, request_id)
+            self.storage.l1.unpin(slots)
+            self.metrics.count("lmcache_expired_pins", by=len(slots))
+            self._log.warning(
+                "expired",
+                f"request {request_id!r} held {len(slots)} pins too long; they were released",
+            )
+        self._orphans = [orphan for orphan in self._orphans if not self._free_orphan(*orphan)]
+
+    def _free_orphan(self, owner: bytes, placement: Placement) -> bool:
+        """A reservation from before this server: its writer may still be at it as long as it lives."""
+        if is_client_alive(self._pool.client_path(owner.hex())):
+            return False
+        self.storage.l1.abort([placement], owner)
+        return True
+
+    def _remove_client(self, client: Client) -> None:
+        if client.id not in self.sessions.clients:
+            return
+        self.storage.l1.unpin(self.sessions.remove(client))
+        self._abort_placements(client, list(client.reservations.values()))
+        remove_client_file(self._pool.client_path(client.id))
+        self._unchecked = True
+
+    def _check_accounting(self) -> None:
+        try:
+            self.storage.l1.check(deep=len(self.storage.l1) <= MAX_CHECKED_CHUNKS)
+        except AssertionError as exc:
+            self._accounting_error = f"the pool's accounting is wrong: {exc}"
+            logger.error("%s", self._accounting_error)
+
+    def _log_status(self) -> None:
+        if self._num_requests == self._requests_logged:
+            return
+        l1, counts = self.storage.l1, self.metrics.value
+        logger.info(
+            "L1 %.1f %% of %.2f GiB, %d chunks, %d pins, %d clients; %d requests; chunks stored %d, retrieved %d, evicted %d",
+            100 * l1.used_pages / l1.capacity_pages,
+            self._pool.header.capacity_bytes / 2**30,
+            len(l1),
+            l1.num_pins,
+            len(self.sessions.clients),
+            self._num_requests - self._requests_logged,
+            counts("lmcache_stored_chunks"),
+            counts("lmcache_retrieved_chunks"),
+            counts("lmcache_evicted_chunks", "demand") + counts("lmcache_evicted_chunks", "watermark"),
+        )
+        self._requests_logged = self._num_requests
+
+    # -- what it looks like -------------------------------------------------------------------------------------------
+
+    def update_gauges(self) -> None:
+        """Bring the gauges up to date; called before a scrape."""
+        l1 = self.storage.l1
+        for name, value in (
+            ("lmcache_l1_capacity_bytes", self._pool.header.capacity_bytes),
+            ("lmcache_l1_resident_bytes", self._resident_bytes()),
+            ("lmcache_l1_used_bytes", l1.used_pages * PAGE_BYTES),
+            ("lmcache_l1_reserved_bytes", l1.reserved_pages * PAGE_BYTES),
+            ("lmcache_l1_pinned_bytes", l1.pinned_pages * PAGE_BYTES),
+            ("lmcache_l1_largest_free_bytes", l1.allocator.largest_free_pages * PAGE_BYTES),
+            ("lmcache_l1_chunks", len(l1)),
+            ("lmcache_pins", l1.num_pins),
+            ("lmcache_sessions", self.sessions.num_sessions),
+            ("lmcache_clients", len(self.sessions.clients)),
+            ("lmcache_healthy", not self.problems()),
+            ("lmcache_uptime_seconds", time.monotonic() - self._started_at),
+        ):
+            self.metrics.set(name, value)
+
+    def _resident_bytes(self) -> int:
+        return self.storage.residency.frontier_pages() * PAGE_BYTES
+
+    def _status(self, request: Status, payload: Payload) -> Answer:
+        self.update_gauges()
+        counters = self.metrics.counters()
+        problems = self.problems()
+        live = self._live_models()
+        lookups = (
+            self.metrics.value("lmcache_lookup_chunks", "hit"),
+            self.metrics.value("lmcache_lookup_chunks", "miss"),
+        )
+        status = {
+            "schema_version": STATUS_SCHEMA_VERSION,
+            "version": __version__,
+            "protocol": {"min": self._versions[0], "max": self._versions[1]},
+            "boot": self._boot,
+            "healthy": not problems,
+            "problems": problems,
+            "pid": os.getpid(),
+            "uptime_seconds": time.monotonic() - self._started_at,
+            "engine_type": self._engine_type,
+            "chunk_size": self._chunk_size,
+            "zmq_endpoint": self._endpoints.zmq,
+            "http_endpoint": self._endpoints.http,
+            "l1": self._l1_status(),
+            "l2": [],
+            "hit_rate": lookups[0] / sum(lookups) if sum(lookups) else None,
+            "sessions": self.sessions.num_sessions,
+            "clients": [self._client_status(client) for client in self.sessions.clients.values()],
+            "models": [self._model_status(model, live) for model in self._models.values()],
+            "counters": counters,
+            "config": self._config,
+        }
+        return Answer(StatusReply(status=status))
+
+    def _l1_status(self) -> dict[str, Any]:
+        l1 = self.storage.l1
+        return {
+            "capacity_bytes": self._pool.header.capacity_bytes,
+            "resident_bytes": self._resident_bytes(),
+            "used_bytes": l1.used_pages * PAGE_BYTES,
+            "reserved_bytes": l1.reserved_pages * PAGE_BYTES,
+            "pinned_bytes": l1.pinned_pages * PAGE_BYTES,
+            "free_bytes": (l1.capacity_pages - l1.used_pages) * PAGE_BYTES,
+            "largest_free_bytes": l1.allocator.largest_free_pages * PAGE_BYTES,
+            "chunks": len(l1),
+            "max_chunks": self._pool.header.num_slots,
+            "pins": l1.num_pins,
+            "eviction_policy": self.storage.policy_name,
+            "pool_path": str(self._pool.path),
+            "persistent": self._pool.header.persistent,
+            "adopted_chunks": l1.adopted_chunks,
+            "dropped_reservations": l1.dropped_reservations,
+        }
+
+    def _client_status(self, client: Client) -> dict[str, Any]:
+        registration = client.registration
+        return {
+            "id": client.id,
+            "kind": client.kind,
+            "pid": client.pid,
+            "mapped": client.presence_path is not None,
+            "age_seconds": time.monotonic() - client.since,
+            "pins": sum(len(session.slots()) for session in client.sessions.values()),
+            "reservations": len(client.reservations),
+            "model": registration.namespace.model if registration else None,
+            "rank": registration.rank if registration else None,
+        }
+
+    def _model_status(self, model: Model, live: set[int]) -> dict[str, Any]:
+        return {
+            "namespace": msgspec.to_builtins(model.namespace),
+            "namespace_id": model.namespace.id,
+            "bytes_per_token": sum(model.bytes_per_token.values()),
+            "world_size": model.world_size,
+            "ranks": sorted(model.bytes_per_token),
+            "l1_tokens": self._l1_tokens(model),
+            "live": model.namespace.id in live,
+        }
+
+
+def _keys(payload: Payload) -> tuple[bytes, int]:
+    """The first payload frame and how many keys it holds."""
+    if not payload:
+        raise ProtocolError("the frame with the chunk keys is missing", code="bad_keys")
+    num_chunks = count_keys(payload[0])
+    return bytes(payload[0]), num_chunks
+
+
+def _removal_reply(removal: Removal, started_at: float) -> RemovalReply:
+    return RemovalReply(
+        objects=removal.objects,
+        removed_bytes=removal.removed_bytes,
+        kept_objects=removal.kept_objects,
+        kept_bytes=removal.kept_bytes,
+        seconds=time.monotonic() - started_at,
+    )

@@ -1,0 +1,258 @@
+"""Decides what is kept: makes room on demand, keeps below the watermark, clears and evicts when asked.
+
+Comes in: the service's requests. Goes out: outcomes and placements. Next on the data path: `l1.py`. Owner thread only.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from enum import Enum
+
+import msgspec
+
+from lmcache.keys import split_keys
+from lmcache.pool import PAGE_BYTES, PoolFile, pages_of
+from lmcache.protocol import Placement, StoreOutcome
+from lmcache.storage.eviction import make_policy
+from lmcache.storage.l1 import L1Cache
+from lmcache.storage.residency import Residency
+
+# A periodic eviction pass frees at most this many chunks, so that no request waits long behind it (about 5 ms).
+MAX_EVICTED_PER_PASS = 512
+# Only pools that hold chunks of several sizes compare at all; 16 runs of 128 small chunks take about 2 ms.
+MAX_RUNS_COMPARED = 16
+# The pool counts as unable to allocate when nothing of this size can be had.
+PROBE_PAGES = 1
+
+
+class RemovalReason(str, Enum):
+    """Why a committed chunk went."""
+
+    DEMAND = "demand"
+    WATERMARK = "watermark"
+    REQUEST = "request"
+    CLEAR = "clear"
+
+
+class Removal(msgspec.Struct):
+    """What was removed, and what was kept because it is pinned."""
+
+    objects: int = 0
+    removed_bytes: int = 0
+    kept_objects: int = 0
+    kept_bytes: int = 0
+
+
+class Selection(msgspec.Struct, frozen=True, kw_only=True):
+    """What an EVICT selects: all conditions that are set must hold; `max_bytes` bounds how much goes."""
+
+    max_bytes: int | None = None
+    namespace_ids: frozenset[int] | None = None
+    older_than_seconds: float | None = None
+    keys: bytes | None = None
+
+
+class StorageManager:
+    """L1 and the policy above it.
+
+    Args:
+        pool: the pool file; its pages become resident from now on.
+        high_watermark_ratio: share of the capacity in use above which chunks are evicted before anyone needs the room.
+        eviction_ratio: share of the capacity that such a pass frees.
+        on_removed: told of each chunk that policy or a request removed, with its bytes.
+    """
+
+    def __init__(
+        self,
+        pool: PoolFile,
+        *,
+        policy_name: str,
+        high_watermark_ratio: float,
+        eviction_ratio: float,
+        on_removed: Callable[[RemovalReason, int], None] = lambda reason, num_bytes: None,
+    ) -> None:
+        self.policy_name = policy_name
+        self.l1 = L1Cache(pool, make_policy(policy_name))
+        self.residency = Residency(pool)
+        self.last_pass_at = time.monotonic()
+        self._high_pages = int(self.l1.capacity_pages * high_watermark_ratio)
+        self._low_pages = max(0, int(self.l1.capacity_pages * (high_watermark_ratio - eviction_ratio)))
+        self._is_evicting = False
+        self._is_blocked = False
+        self._on_removed = on_removed
+        self.residency.start()
+        self.l1.grow_to(self.residency.frontier_pages())
+
+    # -- storing ------------------------------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        keys: bytes,
+        rank: int,
+        lengths: list[int],
+        namespace_id: int,
+        owner: bytes,
+        parent: bytes,
+    ) -> tuple[list[StoreOutcome], list[Placement]]:
+        """Reserve a place for each chunk that is not stored yet, evicting as needed."""
+        outcomes: list[StoreOutcome] = []
+        placements: list[Placement] = []
+        too_long = math.inf  # no room for this length: looking for it takes long, and this request frees nothing
+        for key, length in zip(split_keys(keys), lengths, strict=True):
+            outcome = self.l1.outcome_if_known(key, rank)
+            if outcome is None:
+                place = None
+                if length < too_long:
+                    place = self._reserve_evicting(key, rank, length, namespace_id, owner, parent)
+                if place is None:
+                    outcome, too_long = StoreOutcome.FULL, min(too_long, length)
+                else:
+                    outcome = StoreOutcome.RESERVED
+                    placements.append(place)
+            outcomes.append(outcome)
+            parent = key
+        return outcomes, placements
+
+    def _reserve_evicting(
+        self, key: bytes, rank: int, length: int, namespace_id: int, owner: bytes, parent: bytes
+    ) -> Placement | None:
+        placement = self.l1.reserve(key, rank, length, namespace_id, owner, parent)
+        if placement is None and self.make_room(pages_of(length)):
+            placement = self.l1.reserve(key, rank, length, namespace_id, owner, parent)
+        return placement
+
+    def make_room(self, num_pages: int) -> bool:
+        """Evict until `num_pages` in a row and a slot are free; False when pins and reservations leave no such room."""
+        self.l1.grow_to(self.residency.frontier_pages())
+        l1 = self.l1
+        evictable = l1.committed_pages - l1.pinned_pages
+        if l1.allocator.free_pages + evictable < num_pages:
+            return False
+        if l1.allocator.largest_free_pages >= num_pages:
+            return l1.has_free_slot() or self._evict_one()
+        run = self._oldest_run(num_pages)
+        for victim in run:
+            self._remove(victim, RemovalReason.DEMAND)
+        return bool(run)
+
+    def _oldest_run(self, num_pages: int) -> list[int]:
+        """The run of neighbours that was not used for longest, among those around the first victims of the policy."""
+        best: list[int] = []
+        num_found = 0
+        hopeless: set[int] = set()
+        for slot in self._unpinned():
+            if slot in hopeless:
+                continue
+            run, is_enough = self.l1.evictable_run(slot, num_pages)
+            if not is_enough:
+                hopeless.update(run)
+                continue
+            if len(run) == 1:
+                return run
+            num_found += 1
+            if not best or self.l1.last_use(run) < self.l1.last_use(best):
+                best = run
+            if num_found == MAX_RUNS_COMPARED:
+                break
+        return best
+
+    def _evict_one(self) -> bool:
+        for slot in self._unpinned():
+            self._remove(slot, RemovalReason.DEMAND)
+            return True
+        return False
+
+    # -- keeping below the watermark ----------------------------------------------------------------------------------
+
+    def run_pass(self) -> None:
+        """Take in pages that became resident, and evict a bounded number of chunks when above the watermark."""
+        self.l1.grow_to(self.residency.frontier_pages())
+        used = self.l1.used_pages
+        self._is_evicting = used > (self._low_pages if self._is_evicting else self._high_pages)
+        if self._is_evicting:
+            evicted = 0
+            for slot in self._unpinned():
+                if self.l1.used_pages <= self._low_pages or evicted >= MAX_EVICTED_PER_PASS:
+                    break
+                self._remove(slot, RemovalReason.WATERMARK)
+                evicted += 1
+            self._is_blocked = not evicted
+            if not evicted:
+                self._is_evicting = False
+        self.last_pass_at = time.monotonic()
+
+    @property
+    def is_above_watermark(self) -> bool:
+        """Whether a pass would evict now; False while all that could go is pinned, until a later pass has looked again."""
+        return self.l1.used_pages > self._high_pages and not self._is_blocked
+
+    @property
+    def wants_pass_soon(self) -> bool:
+        """Whether the next pass has work now: eviction under way, or pages becoming resident."""
+        return self._is_evicting or self.residency.is_running
+
+    # -- removing on request ------------------------------------------------------------------------------------------
+
+    def remove(self, selection: Selection, reason: RemovalReason, dry_run: bool) -> Removal:
+        """Remove what is selected, in policy order."""
+        removal = Removal()
+        for slot in self._selected(selection):
+            if selection.max_bytes is not None and removal.removed_bytes >= selection.max_bytes:
+                break
+            length = self.l1.record(slot).length
+            if self.l1.is_pinned(slot):
+                removal.kept_objects += 1
+                removal.kept_bytes += length
+                continue
+            if not dry_run:
+                self._remove(slot, reason)
+            removal.objects += 1
+            removal.removed_bytes += length
+        return removal
+
+    def _selected(self, selection: Selection) -> Iterator[int]:
+        slots = self.l1.policy.victims() if selection.keys is None else iter(self.l1.find_all_ranks(selection.keys))
+        ids, seconds = selection.namespace_ids, selection.older_than_seconds
+        for slot in slots:
+            if seconds is not None and self.l1.idle_seconds(slot) < seconds:
+                continue
+            if ids is not None and self.l1.record(slot).namespace_id not in ids:
+                continue
+            yield slot
+
+    # -- health -------------------------------------------------------------------------------------------------------
+
+    def problems(self) -> list[str]:
+        """Return why no chunk could be stored now; [] when one could. Allocates nothing that it keeps."""
+        found = []
+        l1 = self.l1
+        evictable = l1.committed_pages - l1.pinned_pages
+        if l1.allocator.free_pages + evictable < PROBE_PAGES:
+            found.append(
+                f"L1 is full: {l1.pinned_pages * PAGE_BYTES} bytes pinned, {l1.reserved_pages * PAGE_BYTES} reserved,"
+                " nothing evictable"
+            )
+        elif not (evictable or l1.has_free_slot()):
+            found.append(f"L1 is full: all {l1.pool.header.num_slots} slots are pinned or reserved; see --max-chunks")
+        else:
+            start = l1.allocator.allocate(PROBE_PAGES)
+            if start is not None:
+                l1.allocator.free(start, PROBE_PAGES)
+        if self.residency.failure:
+            found.append(self.residency.failure)
+        return found
+
+    def close(self, *, keep: bool = False) -> None:
+        """Stop the background work and close the pool."""
+        self.residency.close()
+        self.l1.pool.close(keep=keep)
+
+    def _unpinned(self) -> Iterator[int]:
+        for slot in self.l1.policy.victims():
+            if not self.l1.is_pinned(slot):
+                yield slot
+
+    def _remove(self, slot: int, reason: RemovalReason) -> None:
+        self._on_removed(reason, self.l1.delete(slot))

@@ -1,0 +1,1 @@
+"""Moving raw KV bytes between an engine's paged blocks and chunk extents."""

@@ -1,0 +1,1 @@
+"""Names that vLLM and older scripts import; they live elsewhere in this package."""

@@ -1,0 +1,1 @@
+"""A stand-in for vLLM's package where it is not installed: its benchmark alone, and only what we rely on."""

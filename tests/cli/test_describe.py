@@ -1,0 +1,149 @@
+"""`lmcache describe kvcache` against a real server."""
+
+import json
+import re
+import subprocess
+import time
+
+from lmcache.client.kvcache import KVCacheClient
+from lmcache.keys import chunk_keys
+from tests.cli.conftest import CHUNK_BYTES, MODEL, Cli, namespace
+from tests.cli.peers import http_peer
+from tests.server_process import LMCACHE, LmcacheServer, clean_environment
+
+PROMISED = [
+    "Health",
+    "ZMQ endpoint",
+    "HTTP endpoint",
+    "Engine type",
+    "Chunk size",
+    "L1 capacity (GB)",
+    "L1 used (GB)",
+    "Eviction policy",
+    "Cached objects",
+    "Uptime",
+]
+
+
+def fields(text: str) -> dict[str, str]:
+    """Label -> value of the box's rows."""
+    rows = (line.partition(": ") for line in text.splitlines() if ": " in line)
+    return {label.strip(): value.strip() for label, _, value in rows}
+
+
+def test_the_page_starts_with_the_promised_rows_in_their_order(cli: Cli, server: LmcacheServer):
+    done = cli("describe", "kvcache")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "= LMCache KV Cache Service =" in done.stdout.splitlines()[0]
+    found = fields(done.stdout)
+    assert list(found)[: len(PROMISED)] == PROMISED
+    assert found["Health"] == "OK"
+    assert found["ZMQ endpoint"] == server.zmq_url
+    assert found["HTTP endpoint"] == server.http_url
+    assert found["L1 capacity (GB)"] == "0.062"
+    assert found["Chunk size"] == "256"
+    assert found["Process id"] == str(server.pid)
+    assert found["Pool"] == server.pool_path
+    assert {"Version", "Protocol", "Hit rate", "Pins", "Sessions", "Pool resident (GB)", "L2"} <= set(found)
+    assert len({len(line) for line in done.stdout.splitlines() if line[0] in "=-"}) == 1
+
+
+def test_json_is_the_servers_own_document_over_either_transport(cli: Cli, server: LmcacheServer):
+    document = cli.json("describe", "kvcache")
+    own = server.status()
+    assert set(own) <= set(document)
+    assert document["boot"] == own["boot"]
+    assert document["l1"]["capacity_bytes"] == own["l1"]["capacity_bytes"]
+    assert document["healthy"] is True
+
+
+def test_models_clients_and_use_are_shown(cli: Cli, engine: KVCacheClient):
+    keys = chunk_keys(namespace(), list(range(512)))
+    engine.store(keys, [bytes(CHUNK_BYTES)] * 2)
+    found = fields(cli("describe", "kvcache").stdout)
+    assert found["Cached objects"] == "2"
+    assert found["L1 used (GB)"] == "0.000 (0.2%)"
+    assert found["Name"] == MODEL
+    assert found["KB per token"] == "0.2"
+    assert found["Engine"] == "connected"
+    assert found["Ranks registered"] == "1/1"
+    assert any(label.startswith("test-engine ") and "shared memory" in value for label, value in found.items())
+
+
+def test_config_shows_each_value_and_its_source(cli: Cli):
+    found = fields(cli("describe", "kvcache", "--config").stdout)
+    assert found["l1_size_gb"] == "0.0625 (flag)"
+    assert found["chunk_size"] == "256 (default)"
+    config = cli.json("describe", "kvcache", "--config")["config"]
+    assert config["l1_size_gb"] == {"value": 0.0625, "source": "flag"}
+
+
+def test_a_value_from_the_environment_says_so():
+    with LmcacheServer(http=False, env={"LMCACHE_CHUNK_SIZE": "512"}) as server:
+        cli = Cli(server.zmq_url)
+        assert cli.json("describe", "kvcache", "--config")["config"]["chunk_size"] == {"value": 512, "source": "environment"}
+        assert fields(cli("describe", "kvcache").stdout)["HTTP endpoint"] == "off"
+
+
+def watch(server: LmcacheServer, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*LMCACHE, "describe", "kvcache", "--watch", "0.05", "--timeout", "0.5", "--url", server.zmq_url, *words],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_watch_prints_one_line_a_sample_when_piped(server: LmcacheServer):
+    with watch(server) as process:
+        lines = [process.stdout.readline() for _ in range(3)]
+        process.terminate()
+    assert all(re.match(r"\d\d:\d\d:\d\d  OK  used ", line) for line in lines)
+    assert "stored 0.00 GB/s" not in lines[0]
+    assert "stored 0.00 GB/s  retrieved 0.00 GB/s" in lines[2]
+
+
+def test_watch_in_json_prints_one_document_a_line(server: LmcacheServer):
+    with watch(server, "--format", "json") as process:
+        documents = [json.loads(process.stdout.readline()) for _ in range(2)]
+        process.terminate()
+    assert all(document["ok"] and document["schema_version"] == 1 for document in documents)
+
+
+def test_watch_says_that_the_server_is_away_and_goes_on():
+    with LmcacheServer(http=False) as server, watch(server) as process:
+        assert "OK" in process.stdout.readline()
+        server.freeze()
+        assert process.stderr.readline().startswith("error: no reply from")
+        server.thaw()
+        while process.stdout.readline().count("OK") == 0:
+            time.sleep(0.01)
+        process.terminate()
+
+
+def test_a_server_with_problems_exits_with_1():
+    status = {"healthy": False, "problems": ["L2 is full"], "l1": {"capacity_bytes": 100, "used_bytes": 50}}
+    with http_peer(200, json.dumps(status).encode()) as port:
+        cli = Cli(f"http://localhost:{port}")
+        done = cli("describe", "kvcache")
+        document = cli.json("describe", "kvcache", code=1)
+    assert done.returncode == 1
+    assert fields(done.stdout)["Health"] == "FAIL"
+    assert fields(done.stdout)["Problem"] == "L2 is full"
+    assert "the server is not healthy: L2 is full" in done.stderr
+    assert document["problems"] == ["L2 is full"]
+
+
+def test_tiers_and_hit_rate_are_shown_with_their_units():
+    status = {
+        "healthy": True,
+        "hit_rate": 0.923,
+        "l1": {"capacity_bytes": 60 << 30, "used_bytes": 42 << 30},
+        "l2": [{"name": "disk", "used_bytes": 3 << 20, "hit_rate": 0.678, "up": True, "error": None}],
+    }
+    with http_peer(200, json.dumps(status).encode()) as port:
+        found = fields(Cli(f"http://localhost:{port}")("describe", "kvcache").stdout)
+    assert found["L1 used (GB)"] == "42.0 (70.0%)"
+    assert found["Hit rate"] == "67.8%"  # the tier's own comes last
+    assert (found["Used"], found["Up"], found["Error"]) == ("3.0 MiB", "yes", "none")

@@ -1,0 +1,154 @@
+"""`lmcache ping engine` against peers that answer as engines do."""
+
+import re
+import shutil
+import ssl
+import subprocess
+import time
+
+import pytest
+
+from tests.cli.conftest import Cli
+from tests.cli.peers import engine_peer, http_peer, tcp_peer
+from tests.server_process import LmcacheServer, free_port, run_lmcache
+
+BOX = re.compile(
+    r"={8} Ping Engine ={9}\n"
+    r"Status:                  OK\n"
+    r"Round trip time \(ms\):    \d+\.\d+\n"
+    r"={30}\n"
+)
+
+
+def ping(url: str, *words: str, **env: str):
+    return run_lmcache("ping", "engine", "--url", url, *words, env=env)
+
+
+def test_an_engine_with_health_is_ok():
+    with engine_peer({"/health": (200, "")}) as engine:
+        done = ping(engine.url)
+        document = Cli("").json("ping", "engine", "--url", engine.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert BOX.fullmatch(done.stdout), done.stdout
+    assert (document["status"], document["problems"], document["url"]) == ("OK", [], engine.url)
+    assert document["round_trip_ms"] > 0
+
+
+def test_without_health_the_other_page_is_asked(server: LmcacheServer):
+    assert BOX.fullmatch(ping(server.http_url).stdout)
+
+
+def test_only_the_last_requests_are_timed_and_the_first_one_opens_the_connection():
+    with engine_peer({"/health": (200, "")}) as engine:
+        document = Cli("").json("ping", "engine", "--count", "3", "--interval", "0", "--url", engine.url)
+    assert document["count"] == 3
+    assert set(document["spread_ms"]) == {"min", "median", "p99", "max"}
+    assert [path for _, path, _ in engine.requests] == ["/health"] * 4
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("", "/health answered HTTP 503"),
+        ({"detail": "engine is dead"}, "/health answered HTTP 503: engine is dead"),
+        ({"error": {"message": "no worker"}}, "/health answered HTTP 503: no worker"),
+    ],
+)
+def test_an_engine_that_is_not_well_is_fail_with_the_reason(body, problem):
+    with engine_peer({"/health": (503, body)}) as engine:
+        document = Cli("").json("ping", "engine", "--url", engine.url, code=1)
+        done = ping(engine.url)
+    assert (document["status"], document["problems"]) == ("FAIL", [problem])
+    assert document["error"]["code"] == "unhealthy"
+    assert f"Problem:                 {problem}\n" in done.stdout
+
+
+def test_wait_goes_on_while_the_engine_starts():
+    answers = iter([(503, ""), (503, "")])
+
+    def health(handler):
+        handler.reply(*next(answers, (200, "")))
+
+    with engine_peer({"/health": health}) as engine:
+        assert ping(engine.url, "--wait", "30", "-q").returncode == 0
+
+
+def test_a_zmq_address_names_the_command_that_it_fits():
+    error = Cli("").refused("ping", "engine", "--url", "tcp://localhost:5555")
+    assert "an inference engine speaks HTTP, and tcp://localhost:5555 is a ZMQ address" in error
+    assert "did you mean 'lmcache ping kvcache --url tcp://localhost:5555'?" in error
+
+
+def test_the_default_address_is_that_of_the_variable():
+    with engine_peer({"/health": (200, "")}) as engine:
+        assert run_lmcache("ping", "engine", env={"LMCACHE_ENGINE_URL": engine.url}).returncode == 0
+    assert run_lmcache("ping", "engine", env={"LMCACHE_ENGINE_URL": "localhost:8000"}).returncode == 2
+
+
+def test_the_address_may_end_as_those_of_openais_clients_do():
+    with engine_peer({"/health": (200, "")}) as engine:
+        assert ping(engine.url + "/v1/").returncode == 0
+
+
+def test_an_engines_token_is_its_own():
+    seen = []
+
+    def health(handler):
+        seen.append(handler.headers.get("authorization"))
+        handler.reply(200 if seen[-1] == "Bearer key" else 401, "")
+
+    with engine_peer({"/health": health}) as engine:
+        assert ping(engine.url, LMCACHE_ENGINE_TOKEN="key", LMCACHE_HTTP_TOKEN="the server's").returncode == 0
+        done = ping(engine.url, LMCACHE_HTTP_TOKEN="the server's")
+    assert (done.returncode, seen[-1]) == (1, None)
+    assert "wants a token\nhint: set LMCACHE_ENGINE_TOKEN" in done.stderr
+
+
+def test_what_is_no_engine_is_said():
+    with http_peer(404, b"") as port:
+        error = Cli("").refused("ping", "engine", "--url", f"http://localhost:{port}", code=1)
+    assert "does not answer like an inference engine: it has neither /health nor /api/healthcheck" in error
+
+
+def test_nobody_and_silence_are_exit_code_3():
+    error = Cli("").refused("ping", "engine", "--url", f"http://localhost:{free_port()}", code=3)
+    assert "cannot connect to" in error
+    assert "hint: start the engine" in error
+    with tcp_peer(b"") as port:
+        error = Cli("").refused("ping", "engine", "--timeout", "0.5", "--url", f"http://localhost:{port}", code=3)
+    assert "within 0.5 s" in error
+
+
+def test_a_page_that_comes_a_byte_at_a_time_runs_into_the_deadline():
+    def health(handler):
+        handler.start_stream()
+        for _ in range(200):
+            handler.send_line(".")
+            time.sleep(0.05)
+
+    with engine_peer({"/health": health}) as engine:
+        assert "within 0.5 s" in Cli("").refused("ping", "engine", "--timeout", "0.5", "--url", engine.url, code=3)
+
+
+def test_an_engine_that_hangs_up_is_exit_code_3():
+    with engine_peer({"/health": lambda handler: handler.hang_up()}) as engine:
+        error = Cli("").refused("ping", "engine", "--url", engine.url, code=3)
+    assert "closed the connection without an answer" in error
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_a_certificate_is_trusted_when_it_is_named_and_not_otherwise(tmp_path):
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject, "-keyout", key, "-out"]
+    subprocess.run([*command, certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with engine_peer({"/health": (200, "")}, context) as engine:
+        url = engine.url.replace("http://127.0.0.1", "https://localhost")
+        done = ping(url, "--count", "2", "--interval", "0", SSL_CERT_FILE=certificate)
+        assert done.returncode == 0, done.stderr
+        assert "CERTIFICATE_VERIFY_FAILED" in Cli("").refused("ping", "engine", "--url", url, code=3)
+    with engine_peer({"/health": (200, "")}) as engine:
+        error = Cli("").refused("ping", "engine", "--url", engine.url.replace("http://", "https://"), code=3)
+        assert "cannot connect to https://" in error

@@ -1,0 +1,261 @@
+"""`lmcache query kvcache` against a real server."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lmcache.cli.corpora import load_corpus
+from lmcache.cli.prompts import load_tokenizer
+from lmcache.client.kvcache import KVCacheClient
+from lmcache.errors import LMCacheError
+from lmcache.keys import chunk_keys
+from tests.cli.conftest import CHUNK_BYTES, CHUNK_TOKENS, LAYOUT, MODEL, Cli, namespace
+from tests.cli.peers import engine_peer, letters, tcp_peer
+from tests.server_process import LmcacheServer
+
+
+def store(client: KVCacheClient, token_ids: list[int], **narrow: str) -> None:
+    """Store every whole chunk of the tokens, as an engine does."""
+    keys = chunk_keys(namespace().for_request(**narrow), token_ids)
+    client.store(keys, [bytes(CHUNK_BYTES)] * (len(token_ids) // CHUNK_TOKENS))
+
+
+def write_tokens(folder: Path, token_ids: list[int]) -> str:
+    (folder / "tokens.json").write_text(json.dumps(token_ids))
+    return str(folder / "tokens.json")
+
+
+def test_a_partial_hit_is_the_published_box(cli: Cli, engine: KVCacheClient, tmp_path: Path):
+    token_ids = list(range(8192))
+    store(engine, token_ids[:7680])
+    done = cli("query", "kvcache", "--tokens", write_tokens(tmp_path, token_ids), "--model", MODEL)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "========= Query KV Cache Result =========",
+        "Prompt tokens:                       8192",
+        "Cached chunks:              30/32 (93.8%)",
+        "Cached tokens:                  7680/8192",
+        "  In L1:                        30 chunks",
+        "  In L2 only:                    0 chunks",
+        "Cache status:               HIT (partial)",
+        "=========================================",
+    ]
+
+
+def test_json_has_numbers(cli: Cli, engine: KVCacheClient, tmp_path: Path):
+    store(engine, list(range(512)))
+    document = cli.json("query", "kvcache", "--tokens", write_tokens(tmp_path, list(range(1000))))
+    assert document["prompt_tokens"] == 1000
+    assert (document["cached_chunks"], document["total_chunks"], document["cached_tokens"]) == (2, 3, 512)
+    assert document["cached_ratio"] == pytest.approx(2 / 3)
+    assert (document["l1_chunks"], document["l2_only_chunks"]) == (2, 0)
+    assert document["cache_status"] == "HIT (partial)"
+    assert document["model"] == MODEL
+    assert document["lookup_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "status", "ratio"),
+    [(512, "HIT", 1.0), (600, "HIT", 1.0), (100, "MISS", None), (3000, "HIT (partial)", 2 / 11)],
+)
+def test_status_counts_whole_chunks(zmq_cli: Cli, engine: KVCacheClient, tmp_path: Path, num_tokens, status, ratio):
+    store(engine, list(range(512)))
+    document = zmq_cli.json("query", "kvcache", "--tokens", write_tokens(tmp_path, list(range(num_tokens))))
+    assert (document["cache_status"], document["cached_ratio"]) == (status, ratio)
+
+
+def test_a_lookup_pins_nothing(zmq_cli: Cli, engine: KVCacheClient, server: LmcacheServer, tmp_path: Path):
+    store(engine, list(range(512)))
+    zmq_cli.json("query", "kvcache", "--tokens", write_tokens(tmp_path, list(range(512))))
+    assert server.status()["l1"]["pins"] == 0
+
+
+def test_tokens_may_be_numbers_with_white_space_and_come_from_stdin(zmq_cli: Cli, engine: KVCacheClient):
+    store(engine, list(range(256)))
+    done = zmq_cli("query", "kvcache", "--tokens", "-", stdin="\n".join(map(str, range(256))))
+    assert "1/1 (100.0%)" in done.stdout
+
+
+def test_lora_and_salt_are_part_of_what_is_asked_for(zmq_cli: Cli, engine: KVCacheClient, tmp_path: Path):
+    store(engine, list(range(256)), lora="adapter", cache_salt="tenant")
+    words = ["query", "kvcache", "--tokens", write_tokens(tmp_path, list(range(256)))]
+    assert zmq_cli.json(*words)["cache_status"] == "MISS"
+    assert zmq_cli.json(*words, "--lora", "adapter")["cache_status"] == "MISS"
+    assert zmq_cli.json(*words, "--lora", "adapter", "--cache-salt", "tenant")["cache_status"] == "HIT"
+
+
+# -- prompts ---------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_tokenized_and_its_corpora_are_counted(
+    zmq_cli: Cli, engine: KVCacheClient, tiny_tokenizer_dir: Path, tmp_path: Path
+):
+    from transformers import AutoTokenizer
+
+    encode = AutoTokenizer.from_pretrained(str(tiny_tokenizer_dir)).encode
+    (tmp_path / "own.txt").write_text("Words of my own. " * 200)
+    token_ids = encode(load_corpus("ffmpeg") + " and " + "Words of my own. " * 200 + "What is this?")
+    store(engine, token_ids)
+    words = ["query", "kvcache", "--prompt", "{ffmpeg} and {own}What is this?", "--corpus", f"own={tmp_path}/own.txt"]
+    done = zmq_cli(*words, "--tokenizer", str(tiny_tokenizer_dir))
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = dict(line.split(":") for line in done.stdout.splitlines() if ":" in line)
+    num_chunks = len(token_ids) // CHUNK_TOKENS
+    assert list(rows)[:4] == ["Prompt tokens", "  Corpus 'ffmpeg'", "  Corpus 'own'", "  Query"]
+    assert int(rows["Prompt tokens"]) == len(token_ids)
+    assert int(rows["  Corpus 'ffmpeg'"]) == pytest.approx(len(encode(load_corpus("ffmpeg"))), abs=2)
+    assert sum(int(rows[name]) for name in list(rows)[1:4]) == len(token_ids)
+    assert rows["Cached chunks"].strip() == f"{num_chunks}/{num_chunks} (100.0%)"
+
+
+def test_the_tokenizer_is_by_default_that_of_the_model(zmq_cli: Cli, engine: KVCacheClient, tiny_tokenizer_dir: Path):
+    engine.register(namespace(str(tiny_tokenizer_dir)), LAYOUT)
+    document = zmq_cli.json("query", "kvcache", "--prompt", "hello", "--model", str(tiny_tokenizer_dir))
+    assert document["prompt_tokens"] > 0
+
+
+def test_an_engine_may_tokenize_and_is_asked_by_the_name_that_it_gives_the_model(zmq_cli: Cli, engine: KVCacheClient):
+    store(engine, [ord(char) for char in "a b " * 75])
+    models = {"data": [{"id": "adapter", "root": "/a"}, {"id": "served", "root": MODEL}]}
+    with engine_peer({"/v1/models": (200, models), "/tokenize": letters}) as peer:
+        document = zmq_cli.json("query", "kvcache", "--prompt", "a b " * 75, "--tokenize-with", peer.url)
+    assert (document["prompt_tokens"], document["cache_status"]) == (300, "HIT")
+    assert {body["model"] for _, path, body in peer.requests if path == "/tokenize"} == {"served"}
+
+
+def test_an_engine_may_tokenize_a_prompt_that_begins_with_a_corpus(zmq_cli: Cli, engine: KVCacheClient, tmp_path: Path):
+    (tmp_path / "own.txt").write_text("x" * 50)
+    with engine_peer({"/tokenize": letters}) as peer:
+        words = ["--prompt", "{own} why?", "--corpus", f"own={tmp_path}/own.txt", "--tokenize-with", peer.url]
+        document = zmq_cli.json("query", "kvcache", *words)
+    assert (document["corpora_tokens"], document["query_tokens"]) == ({"own": 50}, 5)
+
+
+def test_an_engine_that_serves_another_model_does_not_tokenize(zmq_cli: Cli, engine: KVCacheClient):
+    models = {"data": [{"id": "other", "root": "/models/other"}]}
+    with engine_peer({"/v1/models": (200, models), "/tokenize": letters}) as peer:
+        error = zmq_cli.refused("query", "kvcache", "--prompt", "any", "--tokenize-with", peer.url, code=1)
+    assert f"serves other (/models/other); the model registered at the cache server is '{MODEL}'" in error
+
+
+def test_an_engine_that_cannot_tokenize_is_named(zmq_cli: Cli, engine: KVCacheClient, server: LmcacheServer):
+    words = ["query", "kvcache", "--prompt", "any", "--tokenize-with"]
+    assert "does not answer like an inference engine: it has no /tokenize" in zmq_cli.refused(*words, server.http_url, code=1)
+    with engine_peer({"/tokenize": (200, {"tokens": ["a"]})}) as peer:
+        assert "'a' at position 0, which is no token id" in zmq_cli.refused(*words, peer.url)
+    assert "an inference engine speaks HTTP" in zmq_cli.refused(*words, server.zmq_url)
+    with tcp_peer(b"") as port:
+        error = zmq_cli.refused(*words, f"http://localhost:{port}", "--timeout", "0.5", code=3)
+    assert f"no reply from http://localhost:{port} within 0.5 s" in error
+
+
+def test_a_missing_tokenizer_says_what_to_do(tmp_path: Path):
+    with pytest.raises(LMCacheError, match=f"no tokenizer for '{tmp_path}'") as missing:
+        load_tokenizer(str(tmp_path))
+    assert "--tokenize-with URL" in missing.value.hint
+
+
+def test_a_broken_tokenizer_is_an_error_of_ours(tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text("{broken")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(LMCacheError, match="no tokenizer for"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_missing_transformers_names_the_extra(zmq_cli: Cli, engine: KVCacheClient, tmp_path: Path):
+    (tmp_path / "transformers.py").write_text("raise ImportError('not installed')")
+    error = zmq_cli.refused("query", "kvcache", "--prompt", "x", code=1, PYTHONPATH=str(tmp_path))
+    assert error.startswith("error: tokenizing needs the package transformers\nhint: pip install 'lmcache[tokenizer]'")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "a", "--tokens", "f"], "give one of --prompt and --tokens"),
+        ([], "give one of --prompt and --tokens"),
+        (["--prompt", "{nobody}"], "unknown corpus 'nobody'; known: ffmpeg, paul_graham"),
+        (["--prompt", "a { b"], "starts no {corpus}"),
+        (["--tokens", "/nonexistent"], "cannot read token ids from '/nonexistent'"),
+        (["--tokens", "/dev/null"], "/dev/null has no list of token ids"),
+        (["--round-trip", "--chunks", "5000"], "too much for a check"),
+        (["--round-trip", "--chunk-bytes", "1GiB"], "too much for a check"),
+    ],
+)
+def test_wrong_requests_are_refused(zmq_cli: Cli, engine: KVCacheClient, words, message):
+    assert message in zmq_cli.refused("query", "kvcache", *words)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2", "[1, -2]", "[1.5]", "[true]", '["1"]', "[4294967296]", "1 two", "{}", "\x00", "[[1]]"]
+)
+def test_files_that_are_no_tokens_are_refused(zmq_cli: Cli, engine: KVCacheClient, tmp_path: Path, text):
+    (tmp_path / "tokens").write_text(text)
+    assert "token id" in zmq_cli.refused("query", "kvcache", "--tokens", str(tmp_path / "tokens"))
+
+
+# -- which model -----------------------------------------------------------------------------------
+
+
+def test_the_model_is_found_by_name_or_by_its_last_part(zmq_cli: Cli, engine: KVCacheClient, tmp_path: Path):
+    tokens = write_tokens(tmp_path, [1, 2, 3])
+    for name in (MODEL, "tiny-model", "/models/tiny-model/", str(namespace().id)):
+        assert zmq_cli.json("query", "kvcache", "--tokens", tokens, "--model", name)["model"] == MODEL
+
+
+def test_an_unknown_model_lists_the_registered_ones(zmq_cli: Cli, engine: KVCacheClient, tmp_path: Path):
+    error = zmq_cli.refused("query", "kvcache", "--tokens", write_tokens(tmp_path, [1]), "--model", "other", code=1)
+    assert f"no registered model is 'other'; registered: {namespace().id} {MODEL} (dtype bfloat16, layout " in error
+
+
+def test_several_models_must_be_told_apart(zmq_cli: Cli, engine: KVCacheClient, server: LmcacheServer, tmp_path: Path):
+    tokens = write_tokens(tmp_path, [1, 2, 3])
+    other = namespace("elsewhere/tiny-model")
+    with KVCacheClient(server.zmq_url) as second:
+        second.register(other, LAYOUT)
+        for words in ([], ["--model", "tiny-model"]):
+            error = zmq_cli.refused("query", "kvcache", "--tokens", tokens, *words, code=1)
+            assert MODEL in error
+            assert f"{other.id} elsewhere/tiny-model" in error
+        found = zmq_cli.json("query", "kvcache", "--tokens", tokens, "--model", str(other.id))
+        assert found["model"] == "elsewhere/tiny-model"
+
+
+def test_no_model_at_all_is_said(tmp_path: Path):
+    with LmcacheServer(http=False) as server:
+        error = Cli(server.zmq_url).refused("query", "kvcache", "--tokens", write_tokens(tmp_path, [1]), code=1)
+    assert error.startswith("error: no engine has registered a model at this server\n")
+
+
+# -- round trip ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "path"), [([], "shared memory"), (["--inline"], "socket")])
+def test_a_round_trip_returns_every_byte_and_leaves_nothing(cli: Cli, server: LmcacheServer, words, path):
+    document = cli.json("query", "kvcache", "--round-trip", "--chunks", "3", "--chunk-bytes", "100001", *words)
+    assert (document["checksum"], document["path"]) == ("OK", path)
+    assert (document["good_chunks"], document["removed_chunks"], document["chunk_bytes"]) == (3, 3, 100001)
+    assert document["store_ms"] > 0 < document["retrieve_ms"]
+    status = server.status()
+    assert (status["l1"]["chunks"], status["l1"]["pins"]) == (0, 0)
+
+
+def test_the_round_trips_box_is_the_published_one(zmq_cli: Cli):
+    lines = zmq_cli("query", "kvcache", "--round-trip").stdout.splitlines()
+    assert lines[0] == "==== Query KV Cache Result (round-trip) ===="
+    assert [line.partition(":")[0] for line in lines[1:4]] == ["Store latency (ms)", "Retrieve latency (ms)", "Checksum"]
+    assert lines[3] == "Checksum:                                 OK"
+    assert {len(line) for line in lines} == {44}
+
+
+def test_one_changed_byte_is_found():
+    from lmcache.cli.commands.query.kvcache import round_trip_result
+
+    assert round_trip_result([b"ab", b"cd"], [bytearray(b"ab"), bytearray(b"cd")], 1, 1).ok
+    assert not round_trip_result([b"ab", b"cd"], [bytearray(b"ab"), bytearray(b"cX")], 1, 1).ok
+    assert not round_trip_result([b"ab", b"cd"], [bytearray(b"ab")], 1, 1).ok
+
+
+def test_a_pool_without_room_is_said(zmq_cli: Cli):
+    error = zmq_cli.refused("query", "kvcache", "--round-trip", "--chunks", "100", "--chunk-bytes", "1MiB", code=1)
+    assert "the others: FULL" in error

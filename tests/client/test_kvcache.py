@@ -1,0 +1,483 @@
+"""Storing and retrieving through a real server: both paths, restarts, late and missing replies, and bytes that changed."""
+
+import threading
+
+import msgspec
+import pytest
+
+from lmcache.client import kvcache
+from lmcache.client.kvcache import KVCacheClient, checksum
+from lmcache.errors import ChecksumError, DeadlineError, PoolError, RemoteError, StaleReadError, UnreachableError
+from lmcache.keys import KEY_BYTES, chunk_keys
+from lmcache.pool import PAGE_BYTES, Presence
+from lmcache.protocol import Clear, Evict, HelloReply, NoopReply, StoreOutcome
+from tests.fakes import Proxy, ScriptedPeer, reply_of, seconds
+from tests.pools import content, key, keys, server_in, status_of, wait_until
+from tests.server.harness import LAYOUT, namespace
+from tests.server_process import free_port
+
+STORED = StoreOutcome.RESERVED
+
+
+@pytest.fixture
+def server(tmp_path):
+    with server_in(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture(params=[False, True], ids=["mapped", "inline"])
+def client(request, server):
+    with KVCacheClient(server.endpoints.zmq, inline=request.param) as client:
+        assert client.is_inline == request.param
+        yield client
+
+
+def chunks_of(*numbers: int, num_bytes: int = PAGE_BYTES) -> list[bytes]:
+    return [content(number, num_bytes) for number in numbers]
+
+
+def buffers_for(count: int, num_bytes: int = PAGE_BYTES) -> list[bytearray]:
+    return [bytearray(num_bytes) for _ in range(count)]
+
+
+def nothing_is_held(server) -> bool:
+    l1 = status_of(server)["l1"]
+    return (l1["pins"], l1["reserved_bytes"]) == (0, 0)
+
+
+# -- both paths -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_bytes", [1, 100, PAGE_BYTES, 3 * PAGE_BYTES + 17, 200_000])
+def test_what_is_stored_is_retrieved(server, client, num_bytes):
+    assert client.store(keys(1, 2, 3), chunks_of(1, 2, 3, num_bytes=num_bytes)) == [STORED] * 3
+    buffers = buffers_for(3, num_bytes)
+    assert client.retrieve(keys(1, 2, 3), buffers) == 3
+    assert buffers == chunks_of(1, 2, 3, num_bytes=num_bytes)
+    wait_until(lambda: nothing_is_held(server))
+
+
+@pytest.mark.parametrize("writer_is_inline", [False, True])
+def test_both_paths_see_the_same_chunks(server, client, writer_is_inline):
+    with KVCacheClient(server.endpoints.zmq, inline=writer_is_inline) as writer:
+        writer.store(keys(1, 2), chunks_of(1, 2), with_checksums=True)
+    buffers = buffers_for(3)
+    assert client.retrieve(keys(1, 2, 3), buffers, check_content=True) == 2
+    assert buffers[:2] == chunks_of(1, 2)
+    assert buffers[2] == bytes(PAGE_BYTES)
+    assert client.lookup(keys(1, 2, 3), pin=False).hit_chunks == 2
+
+
+def test_outcomes_come_chunk_by_chunk_on_both_paths(client):
+    client.store(keys(2), chunks_of(2))
+    assert client.store(keys(1, 2, 3), chunks_of(1, 99, 3)) == [STORED, StoreOutcome.EXISTS, STORED]
+    buffers = buffers_for(3)
+    assert client.retrieve(keys(1, 2, 3), buffers) == 3
+    assert buffers == chunks_of(1, 2, 3), "what was there already stays as it was"
+
+
+def test_a_prefix_ends_at_the_first_missing_chunk(client):
+    client.store(keys(1, 3), chunks_of(1, 3))
+    assert client.retrieve(keys(1, 2, 3), buffers_for(3)) == 1
+    assert client.retrieve(keys(9), buffers_for(1)) == 0
+    assert client.retrieve(b"", []) == 0
+    assert client.store(b"", []) == []
+
+
+def test_ranks_and_parents_travel_on_both_paths(server, client):
+    with client.reserve(keys(2), PAGE_BYTES, namespace_id=7, rank=3, parent=key(1)) as reservation:
+        reservation.extents[0][:] = content(2, PAGE_BYTES)
+        assert reservation.commit() == 1
+    assert client.retrieve(keys(2), buffers_for(1)) == 0
+    assert client.retrieve(keys(2), buffers_for(1), rank=3) == 1
+    [slot] = server.service.storage.l1.slots()
+    assert server.service.storage.l1.record(slot).namespace_id == 7
+
+
+@pytest.mark.parametrize("other", [{"lora": "a"}, {"cache_salt": "b"}, {"multimodal": "c"}])
+def test_the_same_tokens_of_another_adapter_tenant_or_image_are_a_miss(client, other):
+    """COR-4, from the tokens to the server and back."""
+    engine, token_ids = namespace(), list(range(64))
+    client.store(chunk_keys(engine, token_ids), chunks_of(1, 2, 3, 4))
+    assert client.lookup(chunk_keys(engine, token_ids), pin=False).hit_chunks == 4
+    assert client.lookup(chunk_keys(engine.for_request(**other), token_ids), pin=False).hit_chunks == 0
+    assert client.retrieve(chunk_keys(engine.for_request(**other), token_ids), buffers_for(4)) == 0
+
+
+def test_a_batch_larger_than_one_message_is_cut_into_several(server, monkeypatch):
+    monkeypatch.setattr(kvcache, "INLINE_BATCH_BYTES", 2 * PAGE_BYTES)
+    with KVCacheClient(server.endpoints.zmq, inline=True) as client:
+        client.store(keys(*range(5)), chunks_of(*range(5)), with_checksums=True)
+        assert client.retrieve(keys(*range(5)), buffers_for(5), check_content=True) == 5
+    assert server.service.metrics.value("lmcache_requests", "PUT", "ok") == 3
+
+
+def test_leaving_a_reservation_without_a_commit_gives_it_back(server, client):
+    with client.reserve(keys(1), PAGE_BYTES) as reservation:
+        assert reservation.outcomes == [STORED]
+    assert nothing_is_held(server)
+    with pytest.raises(ZeroDivisionError), client.reserve(keys(1), PAGE_BYTES):
+        raise ZeroDivisionError
+    assert nothing_is_held(server)
+    assert client.lookup(keys(1), pin=False).hit_chunks == 0
+    reservation.abort()  # again: nothing happens
+    with pytest.raises(ValueError, match="released"):
+        reservation.extents[0][:1] = b"x"
+
+
+def test_views_are_closed_with_what_they_belong_to_and_cannot_be_written(client):
+    client.store(keys(1), chunks_of(1))
+    with client.pin(keys(1)) as pinned:
+        [extent] = pinned.extents
+        assert extent.readonly
+        assert extent == content(1, PAGE_BYTES)
+    with pytest.raises(ValueError, match="released"):
+        bytes(extent)
+
+
+def test_lookup_locks_are_freed_by_range_and_by_session(server, client):
+    client.store(keys(*range(4)), chunks_of(*range(4)))
+    assert client.lookup(keys(*range(6)), request_id="r").hit_chunks == 4
+    assert client.free_lookup_locks("r", start=3) == 1
+    assert client.free_lookup_locks("another") == 0
+    assert client.end_session("r").released == 3
+    assert nothing_is_held(server)
+
+
+def test_closing_gives_everything_back_and_is_noticed_at_once(server, client):
+    client.store(keys(1, 2), chunks_of(1, 2))
+    client.lookup(keys(1, 2), request_id="r")
+    other = KVCacheClient(server.endpoints.zmq)
+    reservation, pinned = other.reserve(keys(3), PAGE_BYTES), other.pin(keys(1), "r")
+    assert not nothing_is_held(server)
+    other.close()
+    client.close()
+    reservation.abort()
+    pinned.release()
+    with pytest.raises(UnreachableError, match="closed"):
+        other.lookup(keys(1))
+    assert nothing_is_held(server)
+    assert status_of(server)["clients"] == []
+
+
+# -- bytes that changed -----------------------------------------------------------------------------------------------
+
+
+def test_an_extent_that_was_given_away_during_the_copy_is_a_stale_read(server):
+    with KVCacheClient(server.endpoints.zmq) as reader, KVCacheClient(server.endpoints.zmq) as other:
+        reader.store(keys(1), chunks_of(1), with_checksums=True)
+        with reader.pin(keys(1), "r") as pinned:
+            pinned.verify(check_content=True)
+            other.mq.call(Clear())
+            pinned.verify()  # pinned: it stayed
+            reader.end_session("r")  # the pin is gone, the reader does not know
+            other.mq.call(Clear())
+            with pytest.raises(StaleReadError, match="was freed while it was read"):
+                pinned.verify()
+            other.store(keys(2), chunks_of(2))
+            with pytest.raises(StaleReadError):
+                pinned.verify(check_content=True)
+
+
+def test_a_flipped_byte_is_found_by_the_checksum_where_there_is_one(server, client):
+    client.store(keys(1), chunks_of(1), with_checksums=True)
+    client.store(keys(2), chunks_of(2))
+    l1 = server.service.storage.l1
+    for number in (1, 2):
+        l1.pool.data[l1.placement(l1.find(key(number), 0)).offset + 7] ^= 1
+    assert client.retrieve(keys(1), buffers_for(1)) == 1
+    with pytest.raises(ChecksumError, match="differs from what was stored"):
+        client.retrieve(keys(1), buffers_for(1), check_content=True)
+    assert client.retrieve(keys(2), buffers_for(1), check_content=True) == 1, "it was stored without one"
+    wait_until(lambda: nothing_is_held(server))
+
+
+def test_the_checksum_tells_contents_apart_and_is_never_the_sign_for_none():
+    assert checksum(b"a") != checksum(b"b")
+    assert checksum(b"") != 0
+    assert checksum(bytearray(b"abc")) == checksum(memoryview(b"abc")) == checksum(b"abc")
+
+
+def test_a_buffer_of_another_length_than_the_chunk_is_an_error_and_no_short_read(client):
+    client.store(keys(1), chunks_of(1))
+    for length in (PAGE_BYTES - 1, PAGE_BYTES + 1):
+        with pytest.raises(ValueError, match=r"different structures|not equal"):
+            client.retrieve(keys(1), [bytearray(length)])
+
+
+# -- a server that restarts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize(
+    "first_call",
+    [
+        lambda client: client.store(keys(2), chunks_of(2)),
+        lambda client: client.retrieve(keys(1), buffers_for(1)),
+        lambda client: client.lookup(keys(1), request_id="r"),
+        lambda client: client.end_session("r"),
+        lambda client: client.free_lookup_locks("r"),
+        lambda client: client.reserve(keys(2), PAGE_BYTES).commit(),
+    ],
+    ids=["store", "retrieve", "lookup", "end_session", "free_lookup_locks", "reserve"],
+)
+def test_whatever_is_called_first_after_a_restart_works(tmp_path, inline, first_call):
+    """LIV-2, without a heartbeat: the server's "unknown client" is enough."""
+    port = free_port()
+    with KVCacheClient(f"tcp://127.0.0.1:{port}", inline=inline, timeout_seconds=20) as client:
+        with server_in(tmp_path, port=port) as server:
+            client.store(keys(1), chunks_of(1))
+            first_boot = client.attach().boot
+        with server_in(tmp_path, port=port) as server:
+            first_call(client)
+            assert client.attach().boot == status_of(server)["boot"] != first_boot
+            assert client.is_inline == inline
+            client.close()
+
+
+def test_a_heartbeat_introduces_and_registers_again_without_being_asked(tmp_path):
+    """LIV-2: the engine is idle, the server restarts on the same port."""
+    port = free_port()
+    url = f"tcp://127.0.0.1:{port}"
+    with KVCacheClient(url, heartbeat=True, heartbeat_seconds=0.05, kind="engine-worker") as client:
+        boots = set()
+        for _ in range(3):
+            with server_in(tmp_path, port=port) as server:
+                if not boots:
+                    wait_until(lambda: client._attachment is not None)
+                    client.register(namespace(), LAYOUT)
+
+                def is_registered(server=server) -> bool:
+                    return [(c["model"], c["mapped"]) for c in status_of(server)["clients"]] == [("m", True)]
+
+                wait_until(is_registered)
+                boots.add(status_of(server)["boot"])
+        assert len(boots) == 3
+
+
+def test_a_pool_that_is_served_again_gives_its_chunks_to_a_client_that_stayed(tmp_path):
+    port = free_port()
+    with KVCacheClient(f"tcp://127.0.0.1:{port}", timeout_seconds=20) as client:
+        with server_in(tmp_path, leaves_pool=True, port=port, pool_name="kept"):
+            client.store(keys(1, 2), chunks_of(1, 2), with_checksums=True)
+        with server_in(tmp_path, leaves_pool=True, port=port, pool_name="kept") as server:
+            buffers = buffers_for(2)
+            assert client.retrieve(keys(1, 2), buffers, check_content=True) == 2
+            assert buffers == chunks_of(1, 2)
+            assert status_of(server)["l1"]["adopted_chunks"] == 2
+            client.close()
+    (tmp_path / "lmcache-pool-kept").unlink()
+
+
+def test_an_extent_being_written_when_the_server_restarts_is_given_to_nobody(tmp_path):
+    """COR: the writer is alive and knows nothing of the restart."""
+    port = free_port()
+    url = f"tcp://127.0.0.1:{port}"
+    settings = {"leaves_pool": True, "port": port, "pool_name": "kept", "eviction_watermark": 1.0}
+    with KVCacheClient(url, timeout_seconds=20) as writer, KVCacheClient(url, timeout_seconds=20) as other:
+        with server_in(tmp_path, **settings):
+            reservation = writer.reserve(keys(1), PAGE_BYTES)
+            offset = reservation._placements[0].offset
+        with server_in(tmp_path, **settings) as server:
+            pages = server.service.storage.l1.capacity_pages
+            for number in range(10, 10 + pages):
+                other.store(keys(number), chunks_of(number))
+            offsets = {server.service.storage.l1.placement(slot).offset for slot in server.service.storage.l1.slots()}
+            assert len(offsets) == pages - 1
+            assert offset not in offsets
+            reservation.extents[0][:] = bytes(PAGE_BYTES)
+            with pytest.raises(RemoteError, match="not known to this server"):
+                reservation.commit()
+            writer.lookup(keys(1), "r")  # introduces itself anew: the old life's lock is gone
+            wait_until(lambda: nothing_is_held(server))
+            writer.close()
+            other.close()
+    (tmp_path / "lmcache-pool-kept").unlink()
+
+
+# -- replies that come late or never ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["reserve", "pin", "lookup"])
+def test_what_a_late_reply_grants_is_given_back_while_that_life_of_the_client_goes_on(server, verb):
+    """Another thread is still at work with what it was granted, so the lock stays: the reply itself must be undone."""
+    with KVCacheClient(server.endpoints.zmq) as helper, Proxy(server.endpoints.zmq) as proxy:
+        helper.store(keys(1), chunks_of(1))
+        with KVCacheClient(proxy.url, timeout_seconds=0.3) as client, client.reserve(keys(7), PAGE_BYTES) as busy:
+            proxy.hold.set()
+            late = {
+                "reserve": lambda: client.reserve(keys(2), PAGE_BYTES),
+                "pin": lambda: client.pin(keys(1), "r"),
+                "lookup": lambda: client.lookup(keys(1), "r"),
+            }
+            with pytest.raises(DeadlineError):
+                late[verb]()
+            wait_until(lambda: proxy.held)
+            proxy.hold.clear()
+            client.mq.timeout_seconds = 20
+            assert client.lookup(keys(1), pin=False).hit_chunks == 1
+
+            def only_the_other_reservation_is_held() -> bool:
+                l1 = status_of(server)["l1"]
+                return (l1["pins"], l1["reserved_bytes"]) == (0, PAGE_BYTES)
+
+            wait_until(only_the_other_reservation_is_held)
+            busy.extents[0][:] = content(7, PAGE_BYTES)
+            assert busy.commit() == 1
+
+
+@pytest.mark.parametrize("verb", ["reserve", "pin", "commit", "abort", "release"])
+def test_what_a_lost_message_leaves_at_the_server_is_freed_although_the_client_lives_on(server, verb):
+    """The reply never comes. The client ends that life of its own, and the server sees the lock go."""
+    with KVCacheClient(server.endpoints.zmq) as helper, Proxy(server.endpoints.zmq) as proxy:
+        helper.store(keys(1), chunks_of(1))
+        with KVCacheClient(proxy.url, timeout_seconds=0.3) as client:
+            reservation = client.reserve(keys(2), PAGE_BYTES) if verb in ("commit", "abort") else None
+            pinned = client.pin(keys(1), "r") if verb == "release" else None
+            client.attach()
+            first = client.attach().client_id
+            proxy.drop.set()
+            if reservation is not None and verb == "commit":
+                with pytest.raises(DeadlineError):
+                    reservation.commit()
+            elif reservation is not None:
+                reservation.abort()
+            elif pinned is not None:
+                pinned.release()
+            else:
+                with pytest.raises(DeadlineError):
+                    client.reserve(keys(3), PAGE_BYTES) if verb == "reserve" else client.pin(keys(1), "r")
+            proxy.drop.clear()
+            client.mq.timeout_seconds = 20
+            assert client.lookup(keys(1), pin=False).hit_chunks == 1
+            wait_until(lambda: nothing_is_held(server))
+            if verb != "release":
+                assert client.attach().client_id != first
+
+
+def test_a_server_that_hangs_is_noticed_by_the_heartbeat_and_calls_then_fail_at_once(server):
+    with (
+        Proxy(server.endpoints.zmq) as proxy,
+        KVCacheClient(proxy.url, heartbeat=True, heartbeat_seconds=0.05, timeout_seconds=0.5) as client,
+    ):
+        client.store(keys(1), chunks_of(1))
+        proxy.hold.set()
+        wait_until(lambda: client._down_reason)
+        client.mq.timeout_seconds = 60
+        for call in (
+            lambda: client.lookup(keys(1)),
+            lambda: client.store(keys(2), chunks_of(2)),
+            lambda: client.retrieve(keys(1), buffers_for(1)),
+        ):
+            with pytest.raises(UnreachableError, match="no reply"):
+                call()
+        client.mq.timeout_seconds = 0.5
+        proxy.hold.clear()
+        wait_until(lambda: not client._down_reason)
+        assert client.retrieve(keys(1), buffers_for(1)) == 1
+
+
+def test_many_threads_that_find_the_server_hanging_wait_for_one_deadline_and_not_for_each_other():
+    """Each call ends by its deadline, although only one of them can introduce the client."""
+    with ScriptedPeer(lambda op: None) as peer, KVCacheClient(peer.url, timeout_seconds=1) as client:
+        errors = []
+
+        def ask() -> None:
+            try:
+                client.lookup(keys(1))
+            except UnreachableError as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+
+        def all_of_them() -> None:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+
+        assert seconds(all_of_them) < 5
+        assert len(errors) == 8
+
+
+def test_no_server_at_all_is_an_error_by_the_deadline():
+    with KVCacheClient(f"tcp://127.0.0.1:{free_port()}", timeout_seconds=0.3) as client:
+        with pytest.raises(UnreachableError, match="no connection"):
+            client.lookup(keys(1))
+        with pytest.raises(UnreachableError, match="no connection"):
+            client.store(keys(1), chunks_of(1))
+
+
+@pytest.mark.parametrize("silent_on", ["HELLO", "NOOP", "ATTACH", "REGISTER_KV_CACHE"])
+def test_closing_is_quick_whichever_reply_the_heartbeat_waits_for(tmp_path, silent_on):
+    """The heartbeat's thread must not be using its socket when that is closed."""
+    hello = HelloReply(client="0" * 32, chunk_size=16, lease_seconds=15)
+
+    def answer(op: str) -> list[bytes] | None:
+        if op == silent_on:
+            return None
+        return reply_of(msgspec.structs.replace(hello) if op == "HELLO" else NoopReply())
+
+    with ScriptedPeer(answer) as peer:
+        client = KVCacheClient(peer.url, heartbeat=True, heartbeat_seconds=0.01, timeout_seconds=60)
+        wait_until(lambda: len(peer.ops) >= 2 or silent_on in peer.ops)
+        assert seconds(client.close) < 2
+        assert client._heartbeat is not None
+        assert not client._heartbeat.is_alive()
+
+
+def test_closing_a_client_of_a_server_that_hangs_is_quick(server):
+    with Proxy(server.endpoints.zmq) as proxy:
+        client = KVCacheClient(proxy.url, heartbeat=True, timeout_seconds=60)
+        client.store(keys(1), chunks_of(1))
+        proxy.hold.set()
+        assert seconds(client.close) < 8
+
+
+# -- a pool that cannot be mapped -------------------------------------------------------------------------------------
+
+
+def test_a_pool_that_cannot_be_mapped_is_used_over_the_socket(server, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise PoolError("no such file: another container")
+
+    monkeypatch.setattr(kvcache, "PoolView", refuse)
+    with KVCacheClient(server.endpoints.zmq) as client:
+        assert client.is_inline
+        assert client.store(keys(1), chunks_of(1)) == [STORED]
+        assert client.retrieve(keys(1), buffers_for(1)) == 1
+        assert [known["mapped"] for known in status_of(server)["clients"]] == [False]
+
+
+def test_a_presence_that_the_server_does_not_see_is_used_over_the_socket(server, monkeypatch):
+    monkeypatch.setattr(kvcache, "Presence", lambda path, client_id: Presence(path, "f" * 32))
+    with KVCacheClient(server.endpoints.zmq) as client:
+        assert client.is_inline
+        assert client.store(keys(1), chunks_of(1)) == [STORED]
+
+
+def test_a_placement_outside_the_pool_is_refused_before_anything_is_touched(server, monkeypatch):
+    """A server that lies, or a pool that is another one's."""
+    with KVCacheClient(server.endpoints.zmq) as client:
+        client.store(keys(1), chunks_of(1))
+        monkeypatch.setattr(
+            type(server.service.storage.l1),
+            "placement",
+            lambda self, slot: kvcache.Placement(slot, 1 << 40, PAGE_BYTES, 0),
+        )
+        with pytest.raises(PoolError, match="outside the pool"):
+            client.retrieve(keys(1), buffers_for(1))
+        monkeypatch.undo()
+        assert client.retrieve(keys(1), buffers_for(1)) == 1
+
+
+def test_evicting_from_outside_makes_a_miss_and_no_error(server, client):
+    client.store(keys(1, 2), chunks_of(1, 2))
+    client.mq.call(Evict(), [keys(2)])
+    assert client.retrieve(keys(1, 2), buffers_for(2)) == 1
+
+
+def test_keys_are_sent_whole(client):
+    with pytest.raises(RemoteError, match="not a multiple of 32") as caught:
+        client.lookup(bytes(KEY_BYTES + 1))
+    assert caught.value.code == "bad_keys"

@@ -1,0 +1,255 @@
+"""Requests over ZMQ: deadlines, connections that are not there, and answers that nobody waits for any more."""
+
+import contextlib
+import os
+import socket
+import threading
+
+import pytest
+import zmq
+
+from lmcache.client.mq import MessageQueueClient, check_reachable, diagnose
+from lmcache.errors import DeadlineError, ProtocolError, RemoteError, UnreachableError, UsageError
+from lmcache.protocol import Clear, ErrorInfo, GetChunkSize, Noop, NoopReply, Reply, Status
+from tests.fakes import Proxy, ScriptedPeer, reply_of, seconds
+from tests.pools import server_in, wait_until
+from tests.server_process import free_port
+
+
+@pytest.fixture
+def server(tmp_path):
+    with server_in(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def mq(server):
+    with MessageQueueClient(server.endpoints.zmq) as mq:
+        yield mq
+
+
+def test_replies_reach_their_requests_in_whatever_order_they_are_asked_for(mq):
+    futures = [mq.submit(request, may_wait=True) for request in (Noop(), GetChunkSize(), Status(), GetChunkSize())]
+    assert futures[3].result().chunk_size == 16
+    assert futures[2].result().status["chunk_size"] == 16
+    assert futures[0].result().engine_type == "default"
+    assert futures[1].result().chunk_size == 16
+    assert all(future.round_trip_seconds > 0 for future in futures)
+
+
+def test_a_future_can_be_asked_without_waiting_and_again_and_again(mq):
+    future = mq.submit(GetChunkSize(), may_wait=True)
+    wait_until(future.done)
+    assert future.done()
+    assert future.result() == future.result()
+
+
+def test_each_thread_has_its_own_connection_and_they_do_not_mix(server, mq):
+    wrong = []
+
+    def ask() -> None:
+        for _ in range(50):
+            if mq.call(GetChunkSize()).chunk_size != 16 or mq.call(Noop()).engine_type != "default":
+                wrong.append(1)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
+
+
+def test_a_request_that_no_reply_is_wanted_for_is_done_and_its_reply_read_away(server, mq):
+    for _ in range(200):
+        mq.call(Noop())
+        mq.post(Clear())
+    assert mq.call(GetChunkSize()).chunk_size == 16
+    assert mq.call(Status()).status["counters"]["stored_chunks"] == 0
+    assert server.service.metrics.value("lmcache_requests", "CLEAR", "ok") == 200
+
+
+def test_the_servers_error_comes_with_its_code_and_hint(mq):
+    with pytest.raises(RemoteError) as caught:
+        mq.call(Noop(client="0" * 32))
+    assert (caught.value.code, caught.value.exit_code) == ("unknown_client", 1)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("may_wait", [True, False])
+def test_no_connection_is_an_error_by_the_deadline_at_the_latest(may_wait):
+    with MessageQueueClient(f"tcp://127.0.0.1:{free_port()}") as mq:
+        with pytest.raises(UnreachableError, match="no connection to tcp://") as caught:
+            mq.submit(Noop(), timeout_seconds=0.2, may_wait=may_wait)
+        assert "lmcache server" in caught.value.hint
+        assert caught.value.exit_code == 3
+
+
+def test_a_silent_peer_is_a_deadline_error_that_names_it():
+    with ScriptedPeer(lambda op: None) as peer, MessageQueueClient(peer.url) as mq:
+        with pytest.raises(DeadlineError, match=f"no reply from {peer.url}"):
+            mq.call(Noop(), timeout_seconds=0.2)
+        future = mq.submit(Noop(), timeout_seconds=0.1, may_wait=True)
+        wait_until(future.done)
+        with pytest.raises(DeadlineError):
+            future.result()
+
+
+def test_a_server_that_comes_later_is_found_within_the_deadline(tmp_path):
+    port = free_port()
+    with MessageQueueClient(f"tcp://127.0.0.1:{port}") as mq:
+        with pytest.raises(UnreachableError):
+            mq.call(Noop(), timeout_seconds=0.1)
+        with server_in(tmp_path, port=port):
+            assert mq.call(GetChunkSize(), timeout_seconds=20).chunk_size == 16
+
+
+def test_a_late_reply_goes_to_whom_it_was_promised_and_disturbs_no_other_request(server):
+    late = []
+    with Proxy(server.endpoints.zmq) as proxy:
+        mq = MessageQueueClient(proxy.url, on_late_reply=late.append)
+        mq.call(Noop())
+        proxy.hold.set()
+        with pytest.raises(DeadlineError):
+            mq.call(GetChunkSize(), timeout_seconds=0.1)
+        wait_until(lambda: proxy.held)
+        proxy.hold.clear()
+        assert mq.call(Noop()).engine_type == "default"
+        assert [future.result().chunk_size for future in late] == [16]
+        mq.close()
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b"junk"],
+        [b""],
+        [b"\x80"],
+        [],
+        [b"HTTP/1.1 400 Bad Request\r\n"],
+        [b"\x91" * 10_000],
+    ],
+    ids=["junk", "empty", "no boot", "no header", "http", "nested"],
+)
+def test_an_answer_that_is_no_reply_is_a_protocol_error(frames):
+    with ScriptedPeer(lambda op: frames) as peer, MessageQueueClient(peer.url) as mq, pytest.raises(ProtocolError) as caught:
+        mq.call(Noop())
+    assert "not one of this protocol" in caught.value.message
+
+
+def test_answers_to_questions_never_asked_are_thrown_away():
+    """A peer that sends frames of its own accord."""
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.linger = 0
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    with MessageQueueClient(f"tcp://127.0.0.1:{port}") as mq:
+        future = mq.submit(Noop(), may_wait=True)
+        peer, request_id, _ = router.recv_multipart()
+        for frames in ([b"\xff" * 8, b"x"], [b"\xff" * 8], [b"", b"", b""], [request_id[:4]], [b"z" * 100, b"y", b"payload"]):
+            router.send_multipart([peer, *frames])
+        router.send_multipart([peer, request_id, *reply_of(NoopReply(version="right"))])
+        assert future.result().version == "right"
+        router.send_multipart([peer, request_id, *reply_of(NoopReply(version="twice"))])
+        assert future.result().version == "right"
+    router.close()
+    context.term()
+
+
+def test_an_error_reply_is_raised_by_the_future_that_it_belongs_to():
+    error = reply_of(Reply(error=ErrorInfo("full", "no room", "make some")))
+    with ScriptedPeer(lambda op: error) as peer, MessageQueueClient(peer.url) as mq:
+        with pytest.raises(RemoteError, match="no room") as caught:
+            mq.call(Noop())
+        assert (caught.value.code, caught.value.hint) == ("full", "make some")
+
+
+@pytest.mark.parametrize("url", ["", "nonsense", "tcp://", "tcp://host", "http://127.0.0.1:80", "inproc:"])
+def test_an_address_that_is_none_is_a_usage_error_and_leaves_nothing(url):
+    with MessageQueueClient(url) as mq:
+        with pytest.raises(UsageError, match="not a ZMQ address") as caught:
+            mq.call(Noop(), timeout_seconds=0.2)
+        assert "tcp://host:port" in caught.value.hint
+
+
+def test_a_closed_client_says_so_and_closing_is_quick_whatever_was_under_way():
+    with ScriptedPeer(lambda op: None) as peer:
+        mq = MessageQueueClient(peer.url)
+        mq.submit(Noop(), may_wait=True)
+        assert seconds(mq.close) < 2
+        mq.close()
+    errors = []
+
+    def ask() -> None:
+        try:
+            mq.call(Noop())
+        except UnreachableError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join(10)
+    assert "is closed" in str(errors[0])
+
+
+def test_a_thread_that_ends_takes_its_connection_along(server, mq):
+    """A program that starts a thread for each of its requests must not run out of descriptors."""
+    mq.call(Noop())
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        thread = threading.Thread(target=lambda: mq.call(Noop()))
+        thread.start()
+        thread.join(10)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2, "closing of the threads' sockets")
+
+
+# -- what answers there -----------------------------------------------------------------------------------------------
+
+
+def test_a_refused_connection_is_known_at_once_and_a_server_is_reachable(server):
+    check_reachable(server.endpoints.zmq, 1)
+    check_reachable("ipc:///nowhere", 1)
+    with pytest.raises(UnreachableError, match="cannot connect") as caught:
+        check_reachable(f"tcp://127.0.0.1:{free_port()}", 5)
+    assert not isinstance(caught.value, DeadlineError)
+    with pytest.raises(UnreachableError):
+        check_reachable("tcp://127.0.0.1:99999", 1)
+    with pytest.raises(UnreachableError):
+        check_reachable("tcp://no-such-host.invalid:5555", 1)
+
+
+@pytest.mark.parametrize(
+    ("greeting", "expected"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n", "speaks HTTP, not ZMQ"),
+        (b"SSH-2.0-x\r\n", "does not speak ZMQ"),
+        (b"\xff\0\0", None),
+        (b"", None),
+    ],
+)
+def test_another_service_at_the_address_is_named(greeting, expected):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            peer, _ = listener.accept()
+            with peer, contextlib.suppress(OSError):
+                peer.settimeout(5)
+                peer.sendall(greeting)
+                peer.shutdown(socket.SHUT_WR)
+                while peer.recv(100):
+                    pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        found = diagnose(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join(10)
+    assert (found is None) == (expected is None)
+    if found is not None and expected is not None:
+        assert expected in found.message
+        assert found.hint
+
+
+def test_nobody_at_the_address_is_diagnosed_as_nothing():
+    assert diagnose(f"tcp://127.0.0.1:{free_port()}") is None
+    assert diagnose("ipc:///nowhere") is None

@@ -1,0 +1,37 @@
+"""Options and fixtures that the whole test suite shares."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Other work shares the machine, so an example may take any time; nothing is kept between runs.
+settings.register_profile("lmcache", deadline=None, database=None, max_examples=100)
+settings.load_profile("lmcache")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-seconds",
+        type=float,
+        default=15.0,
+        help="how long the tests under tests/fuzz keep going in all (default: %(default)s)",
+    )
+    parser.addoption("--fuzz-seed", help="repeat the run that printed this seed (default: a new one)")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer with a chat template; needs transformers, not torch."""
+    from tests.tiny_model import make_tiny_tokenizer
+
+    return make_tiny_tokenizer(tmp_path_factory.mktemp("tiny_tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random four-layer Llama and its tokenizer; skips where torch is not installed."""
+    pytest.importorskip("torch", reason="needs torch: make setup-vllm")
+    from tests.tiny_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("tiny_model"))

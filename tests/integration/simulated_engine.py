@@ -1,0 +1,313 @@
+"""An engine small enough to reason about, driving both halves of the plug-in as vLLM's scheduler does.
+
+The KV of a full block is a digest of the KV of the block before it, as it lies in memory, and of the
+block's own tokens: what is computed from garbage is garbage, and shows. Modelled on vLLM 0.32:
+admission, chunked prefill, decoding, preemption, its own prefix cache, asynchronous scheduling (a
+step is planned before the one before it was heard of), and the `recompute` policy for failed loads.
+"""
+
+import hashlib
+from collections import deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+BLOCK_SIZE = 4
+BLOCK_BYTES = 16
+NUM_LAYERS = 2
+STEP_TOKENS = 3 * BLOCK_SIZE
+
+
+def block_kv(layer, previous, tokens):
+    return hashlib.sha256(repr((layer, bytes(previous), list(tokens))).encode()).digest()[:BLOCK_BYTES]
+
+
+def expected_kv(tokens):
+    """[num_layers][num_full_blocks] of what a flawless engine computes for these tokens."""
+    layers = []
+    for layer in range(NUM_LAYERS):
+        blocks, previous = [], bytes(BLOCK_BYTES)
+        for start in range(0, len(tokens) - BLOCK_SIZE + 1, BLOCK_SIZE):
+            previous = block_kv(layer, previous, tokens[start : start + BLOCK_SIZE])
+            blocks.append(previous)
+        layers.append(blocks)
+    return layers
+
+
+@dataclass
+class SimRequest:
+    """What the plug-in reads of vLLM's `Request`, and what this engine notes beside it."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    max_tokens: int
+    cache_salt: str = ""
+    lora_request: None = None
+    mm_features: tuple = ()
+    prompt_embeds: None = None
+    resumable: bool = False
+    all_token_ids: list[int] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    was_preempted: bool = False
+    life: int = 0
+
+    def __post_init__(self):
+        self.all_token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self):
+        return len(self.all_token_ids)
+
+    @property
+    def num_prompt_tokens(self):
+        return len(self.prompt_token_ids)
+
+
+@dataclass
+class Work:
+    """One request's part in a step."""
+
+    request: SimRequest
+    start: int
+    end: int
+    tokens: list[int]
+    block_ids: list[int]
+    life: int
+
+
+class SimEngine:
+    """Runs requests to their end. `planes` is the KV memory, one [num_blocks, BLOCK_BYTES] a layer.
+
+    Args:
+        lag: how many steps are planned ahead of the last one heard of: 0, or 1 as with vLLM's
+            asynchronous scheduling.
+        has_prefix_cache: whether requests share blocks inside the engine.
+        max_part: how many tokens of one request a step computes at most.
+    """
+
+    def __init__(self, scheduler, worker, planes, lag=0, has_prefix_cache=False, max_part=STEP_TOKENS):
+        self.scheduler = scheduler
+        self.worker = worker
+        self.planes = planes
+        self.lag = lag
+        self.max_part = max_part
+        self.has_prefix_cache = has_prefix_cache
+        self.free = deque(range(len(planes[0])))
+        self.users = {block: 0 for block in self.free}
+        self.cached = {}
+        self.waiting = deque()
+        self.running = []
+        self.in_flight = deque()
+        self.num_loaded_tokens = 0
+        self.num_failed_loads = 0
+
+    def add(self, request):
+        self.waiting.append(request)
+
+    @property
+    def has_work(self):
+        return bool(self.waiting or self.running or self.in_flight)
+
+    def step(self):
+        work, output = self._schedule()
+        plan = self.scheduler.plan_loads()
+        self.scheduler.plan_stores(plan, output)
+        self.in_flight.append((work, self._execute(plan, work)))
+        while len(self.in_flight) > self.lag or (self.in_flight and not work):
+            self._update(*self.in_flight.popleft())
+
+    # -- the scheduler's process ---------------------------------------------------------------
+
+    def _schedule(self):
+        budget, work, output = STEP_TOKENS, [], _empty_output()
+        for request in list(self.running):
+            count = min(budget, self.max_part, request.num_tokens - request.num_computed)
+            if count == 0 or request not in self.running:
+                continue
+            new_blocks = self._grow(request, request.num_computed + count)
+            if new_blocks is None:
+                continue
+            budget -= count
+            cached = output.scheduled_cached_reqs
+            cached.req_ids.append(request.request_id)
+            cached.new_block_ids.append((new_blocks,) if new_blocks else None)
+            cached.num_computed_tokens.append(request.num_computed)
+            work.append(self._commit(request, count, output))
+        while self.waiting and budget:
+            request = self.waiting[0]
+            local = self._local_hit(request)
+            external = self.scheduler.match(request, len(local) * BLOCK_SIZE)
+            start = len(local) * BLOCK_SIZE + external
+            count = min(budget, self.max_part, request.num_tokens - start)
+            if not self._admit(request, local, start, start + count):
+                break
+            self.scheduler.allocated(request.request_id, request.block_ids, external)
+            if not external:
+                self.scheduler.free_pins(request.request_id)
+            self.num_loaded_tokens += external
+            budget -= count
+            self.running.append(self.waiting.popleft())
+            if request.was_preempted:
+                cached = output.scheduled_cached_reqs
+                cached.req_ids.append(request.request_id)
+                cached.resumed_req_ids.add(request.request_id)
+                cached.new_block_ids.append((list(request.block_ids),))
+                cached.num_computed_tokens.append(start)
+            else:
+                output.scheduled_new_reqs.append(
+                    SimpleNamespace(
+                        req_id=request.request_id,
+                        block_ids=(list(request.block_ids),),
+                        num_computed_tokens=start,
+                    )
+                )
+            work.append(self._commit(request, count, output))
+        return work, output
+
+    def _commit(self, request, count, output):
+        output.num_scheduled_tokens[request.request_id] = count
+        start, request.num_computed = request.num_computed, request.num_computed + count
+        if self.has_prefix_cache:
+            for index in range(request.num_computed // BLOCK_SIZE):
+                prefix = tuple(request.all_token_ids[: (index + 1) * BLOCK_SIZE])
+                key = (request.cache_salt, prefix)
+                self.cached.setdefault(key, request.block_ids[index])
+        return Work(
+            request,
+            start,
+            request.num_computed,
+            list(request.all_token_ids),
+            list(request.block_ids),
+            request.life,
+        )
+
+    def _local_hit(self, request):
+        blocks = []
+        while (len(blocks) + 1) * BLOCK_SIZE < request.num_tokens:
+            prefix = tuple(request.all_token_ids[: (len(blocks) + 1) * BLOCK_SIZE])
+            block = self.cached.get((request.cache_salt, prefix))
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def _admit(self, request, local, computed, end):
+        for block in local:
+            self._use(block)
+        request.block_ids = list(local)
+        if self._allocate(request, end) is None:
+            self._release(request)
+            return False
+        request.num_computed = computed
+        return True
+
+    def _grow(self, request, end):
+        """Allocate for a running request; preempt the others from the last on if need be."""
+        while (new_blocks := self._allocate(request, end)) is None:
+            victim = self.running[-1]
+            self.preempt(victim)
+            if victim is request:
+                return None
+        return new_blocks
+
+    def preempt(self, request):
+        self.running.remove(request)
+        self._release(request)
+        request.num_computed, request.was_preempted = 0, True
+        request.life += 1  # what is in flight of it is stale
+        self.waiting.appendleft(request)
+
+    def _allocate(self, request, end):
+        missing = -(-end // BLOCK_SIZE) - len(request.block_ids)
+        if missing > len(self.free):
+            return None
+        new_blocks = []
+        for _ in range(missing):
+            block = self.free[0]
+            self._use(block)
+            self.cached = {key: b for key, b in self.cached.items() if b != block}
+            new_blocks.append(block)
+        request.block_ids += new_blocks
+        return new_blocks
+
+    def _use(self, block):
+        if self.users[block] == 0:
+            self.free.remove(block)
+        self.users[block] += 1
+
+    def _release(self, request):
+        for block in reversed(request.block_ids):
+            self.users[block] -= 1
+            if self.users[block] == 0:
+                self.free.append(block)
+        request.block_ids = []
+
+    def _update(self, work, result):
+        failed, report = result
+        if failed:
+            self.num_failed_loads += 1
+            self._roll_back(work, failed)
+        for part in work:
+            request = part.request
+            is_stale = request not in self.running or part.life != request.life
+            if is_stale or part.end < request.num_tokens:
+                continue
+            generated = request.num_tokens - request.num_prompt_tokens
+            if generated < request.max_tokens:
+                request.all_token_ids.append(1000 + generated)
+            else:
+                self._finish(request)
+        if report is not None:
+            self.scheduler.hear_report(report, failed)
+
+    def _roll_back(self, work, failed):
+        """Each request goes back to its first invalid block, which the first one that has it
+        computes again for all. vLLM looks at a request's blocks before this step only, and so may
+        overlook the second of two failures in flight; this engine does not."""
+        scheduled = {part.request.request_id: part.end - part.start for part in work}
+        marked = set()
+        for request in self.running:
+            blocks = request.block_ids[: -(-request.num_computed // BLOCK_SIZE)]
+            invalid = [i for i, block in enumerate(blocks) if block in failed]
+            mine = [i for i in invalid if blocks[i] not in marked]
+            marked.update(blocks[i] for i in mine)
+            if mine:
+                request.num_computed = mine[0] * BLOCK_SIZE
+            elif invalid:
+                request.num_computed -= scheduled.get(request.request_id, 0)
+            request.life += bool(invalid)
+
+    def _finish(self, request):
+        self.running.remove(request)
+        self.on_finish(request)
+        self._release(request)
+        self.scheduler.finished(request.request_id)
+
+    def on_finish(self, request):
+        if self.has_prefix_cache and self.num_failed_loads:
+            return  # vLLM itself lets others read a shared block before it is computed again
+        for layer, blocks in enumerate(expected_kv(request.all_token_ids[: request.num_computed])):
+            for block, expected in zip(request.block_ids, blocks, strict=False):
+                assert bytes(self.planes[layer][block].tolist()) == expected
+
+    # -- the worker's process ------------------------------------------------------------------
+
+    def _execute(self, plan, work):
+        self.worker.load(plan)
+        for part in work:
+            for index in range(part.start // BLOCK_SIZE, part.end // BLOCK_SIZE):
+                tokens = part.tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
+                for layer, plane in enumerate(self.planes):
+                    previous = plane[part.block_ids[index - 1]].tolist() if index else [0] * BLOCK_BYTES
+                    kv = block_kv(layer, previous, tokens)
+                    plane[part.block_ids[index]] = plane.new_tensor(list(kv))
+        self.worker.store(plan)
+        return self.worker.take_failed_blocks(), self.worker.take_report()
+
+
+def _empty_output():
+    return SimpleNamespace(
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set()),
+        num_scheduled_tokens={},
+    )

@@ -1,0 +1,315 @@
+"""Both halves of the plug-in under a simulated engine and a real server: no wrong byte, ever."""
+
+import random
+import time
+
+import msgspec
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch: make setup-vllm")
+
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from lmcache.client.kvcache import KVCacheClient  # noqa: E402
+from lmcache.errors import StaleReadError, UnreachableError, UsageError  # noqa: E402
+from lmcache.integration.vllm.scheduler import SchedulerHalf  # noqa: E402
+from lmcache.integration.vllm.steps import (  # noqa: E402
+    ChunkSpan,
+    StepPlan,
+    StepReport,
+    StoreSpan,
+    WorkerHello,
+)
+from lmcache.integration.vllm.worker import WorkerHalf  # noqa: E402
+from lmcache.keys import Namespace, chunk_keys, split_keys  # noqa: E402
+from lmcache.layout import KVLayout  # noqa: E402
+from lmcache.protocol import Clear, Evict  # noqa: E402
+from lmcache.transfer.cpu import CpuCopier  # noqa: E402
+from tests.integration.simulated_engine import (  # noqa: E402
+    BLOCK_BYTES,
+    BLOCK_SIZE,
+    NUM_LAYERS,
+    STEP_TOKENS,
+    SimEngine,
+    SimRequest,
+    expected_kv,
+)
+from tests.server_process import LmcacheServer  # noqa: E402
+
+CHUNK_SIZE = 2 * BLOCK_SIZE
+LAYOUT = KVLayout(num_layers=NUM_LAYERS, num_planes=1, block_bytes=BLOCK_BYTES, block_size=BLOCK_SIZE, dtype="u8")
+
+
+class FaultyClient(KVCacheClient):
+    """A worker's client whose loads fail in every way there is, at a given rate."""
+
+    def __init__(self, url, generator, fault_rate):
+        super().__init__(url, kind="engine-worker")
+        self._generator = generator
+        self.fault_rate = fault_rate
+
+    def pin(self, keys, request_id="", rank=0):
+        fault = self._generator.choice(["lost", "fewer", "stale"])
+        if self._generator.random() >= self.fault_rate:
+            return super().pin(keys, request_id, rank)
+        if fault == "lost":
+            raise UnreachableError("the test lost the server")
+        if fault == "fewer":
+            keys = b"".join(split_keys(keys)[: len(keys) // 32 // 2])
+            return super().pin(keys, request_id, rank)
+        pinned = super().pin(keys, request_id, rank)
+        pinned.verify = self._stale
+        return pinned
+
+    def _stale(self, check_content=False):
+        raise StaleReadError("the test says so")
+
+
+class OneFault(random.Random):
+    """Chooses the same fault each time."""
+
+    def __init__(self, fault):
+        super().__init__(0)
+        self._fault = fault
+
+    def choice(self, seq):
+        return self._fault
+
+
+@pytest.fixture(scope="module")
+def server():
+    with LmcacheServer(["--chunk-size", str(CHUNK_SIZE)]) as server:
+        yield server
+
+
+class Setup:
+    """An engine with both halves attached to an emptied server."""
+
+    def __init__(self, server, num_blocks=48, faults=None, **engine):
+        with KVCacheClient(server.zmq_url) as client:
+            client.mq.call(Clear())
+        self.planes = [torch.full((num_blocks, BLOCK_BYTES), 0xEE, dtype=torch.uint8) for _ in range(NUM_LAYERS)]
+        self.scheduler_client = KVCacheClient(server.zmq_url, kind="engine-scheduler")
+        self.worker_client = (
+            FaultyClient(server.zmq_url, *faults) if faults else KVCacheClient(server.zmq_url, kind="engine-worker")
+        )
+        self.namespace = Namespace(model="simulated", layout=LAYOUT.fingerprint, chunk_size=0)
+        self.scheduler = SchedulerHalf(self.scheduler_client)
+        self.worker = WorkerHalf(self.worker_client)
+        self.worker.start(CpuCopier(LAYOUT, self.planes), self.namespace)
+        self.scheduler.hear([self.worker.hello])
+        self.engine = SimEngine(self.scheduler, self.worker, self.planes, **engine)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.worker.close()
+        self.scheduler.close()
+
+    def run(self, *requests):
+        for request in requests:
+            self.engine.add(request)
+        for _ in range(1000):
+            if not self.engine.has_work:
+                return
+            self.engine.step()
+        raise AssertionError("the engine does not come to an end")
+
+    def chunk_namespace(self, cache_salt=""):
+        return msgspec.structs.replace(self.namespace, chunk_size=CHUNK_SIZE, cache_salt=cache_salt)
+
+    def stored_chunks(self, tokens, cache_salt=""):
+        """Return the content of the leading chunks of these tokens that the server has."""
+        keys = chunk_keys(self.chunk_namespace(cache_salt), tokens)
+        with KVCacheClient(self.scheduler_client.mq.url) as client, client.pin(keys) as pinned:
+            return [bytes(extent) for extent in pinned.extents]
+
+
+def expected_chunks(tokens):
+    layers, size = expected_kv(tokens), CHUNK_SIZE // BLOCK_SIZE
+    return [
+        b"".join(b"".join(blocks[at : at + size]) for blocks in layers)
+        for at in range(0, len(tokens) // CHUNK_SIZE * size, size)
+    ]
+
+
+def make_requests(generator, count):
+    """Requests that share prefixes of many lengths, some of them another tenant's."""
+    stems = [[generator.randrange(3) for _ in range(60)] for _ in range(2)]
+    requests = []
+    for number in range(count):
+        stem = generator.choice(stems)[: generator.randrange(1, 60)]
+        tail = [generator.randrange(100) for _ in range(generator.randrange(1, 20))]
+        requests.append(
+            SimRequest(
+                f"r{number}",
+                stem + tail,
+                max_tokens=generator.randrange(0, 12),
+                cache_salt=generator.choice(["", "", "tenant"]),
+            )
+        )
+    return requests
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32),
+    num_blocks=st.sampled_from([24, 30, 48]),
+    lag=st.sampled_from([0, 1]),
+    has_prefix_cache=st.booleans(),
+    max_part=st.sampled_from([STEP_TOKENS, 6]),
+    fault_rate=st.sampled_from([0.0, 0.0, 0.2, 0.6]),
+)
+def test_whatever_fails_no_wrong_byte_is_used_or_stored(server, seed, num_blocks, lag, has_prefix_cache, max_part, fault_rate):
+    generator = random.Random(seed)
+    faults = (random.Random(seed + 1), fault_rate)
+    with Setup(server, num_blocks, faults, lag=lag, has_prefix_cache=has_prefix_cache, max_part=max_part) as setup:
+        requests = make_requests(generator, 12)
+        waiting = list(requests)
+        for _ in range(2000):
+            if waiting and generator.random() < 0.4:
+                setup.engine.add(waiting.pop())
+            if setup.engine.running and generator.random() < 0.1:
+                setup.engine.preempt(generator.choice(setup.engine.running))
+            setup.engine.step()
+            if not waiting and not setup.engine.has_work:
+                break
+        assert not setup.engine.has_work
+        for request in requests:
+            expected = expected_chunks(request.prompt_token_ids)
+            stored = setup.stored_chunks(request.prompt_token_ids, request.cache_salt)
+            assert stored == expected[: len(stored)]
+            if not fault_rate:
+                assert len(stored) == len(expected)
+        status = server.status()
+        assert (status["l1"]["pins"], status["sessions"]) == (0, 0)
+        assert status["l1"]["reserved_bytes"] == 0
+
+
+def prompt_of(seed, num_tokens):
+    return random.Random(seed).choices(range(100), k=num_tokens)
+
+
+def test_chunks_stored_by_one_engine_are_loaded_by_the_next(server):
+    prompt = prompt_of(1, 50)
+    with Setup(server) as first:
+        first.run(SimRequest("a", prompt, max_tokens=3))
+        assert first.stored_chunks(prompt) == expected_chunks(prompt)
+        # Another block order in an engine of another size, which checks its KV at the end.
+        second = SimEngine(first.scheduler, first.worker, first.planes)
+        second.free.rotate(7)
+        second.add(SimRequest("b", prompt, max_tokens=3))
+        while second.has_work:
+            second.step()
+        assert second.num_loaded_tokens == 48
+
+
+def test_blocks_that_the_engine_has_are_not_loaded_again(server):
+    prompt = prompt_of(2, 50)
+    with Setup(server, has_prefix_cache=True) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        # The engine loses all but an odd number of blocks, so the first chunk is loaded in part.
+        kept = 3 * BLOCK_SIZE
+        cached = setup.engine.cached
+        setup.engine.cached = {key: b for key, b in cached.items() if len(key[1]) <= kept}
+        setup.run(SimRequest("b", prompt, max_tokens=0))
+        assert setup.engine.num_loaded_tokens == 48 - kept
+
+
+def test_a_chunk_that_is_gone_costs_exactly_its_own_blocks_and_those_after(server):
+    prompt = prompt_of(3, 50)
+    with Setup(server) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        span = ChunkSpan("b", chunk_keys(setup.chunk_namespace(), prompt), list(range(20, 32)), 2)
+        keys = split_keys(span.keys)
+        with KVCacheClient(server.zmq_url) as client:
+            client.mq.call(Evict(), [keys[4]])
+        setup.worker.load(StepPlan([span]))
+        assert setup.worker.take_failed_blocks() == set(range(28, 32))
+        assert setup.worker.take_failed_blocks() == set()
+        assert setup.worker.take_report() == StepReport(frozenset({"b"}), 1)
+        expected = expected_kv(prompt)
+        for layer, plane in enumerate(setup.planes):
+            loaded = [bytes(plane[block].tolist()) for block in range(20, 28)]
+            assert loaded == expected[layer][:8]
+
+
+@pytest.mark.parametrize("fault", ["lost", "fewer", "stale"])
+def test_every_kind_of_failed_load_is_reported_and_stops_stores_until_it_is_heard_of(server, fault):
+    prompt = prompt_of(4, 40)
+    with Setup(server, faults=(OneFault(fault), 1.0)) as setup:
+        keys = chunk_keys(setup.chunk_namespace(), prompt)
+        load = ChunkSpan("r", keys, list(range(10)), 2)
+        setup.worker.load(StepPlan([load]))
+        assert setup.worker.take_failed_blocks() == set(range(10))
+        store = StoreSpan("r", keys, list(range(10)), 2)
+        setup.worker.store(StepPlan(stores=[store]))
+        assert setup.stored_chunks(prompt) == []
+        setup.worker.store(StepPlan(stores=[store], known_load_failures=1))
+        assert len(setup.stored_chunks(prompt)) == 5
+
+
+def test_what_is_computed_over_a_block_that_is_not_computed_again_yet_is_not_stored(server):
+    """A's load fails; C takes A's blocks from the engine's own cache before A has mended them."""
+    stem, tail = prompt_of(5, 48), prompt_of(6, 20)
+    faults = OneFault("lost"), 0.0
+    with Setup(server, 64, faults, has_prefix_cache=True, max_part=4) as setup:
+        setup.run(SimRequest("first", stem, max_tokens=0))
+        setup.engine.cached.clear()
+        setup.worker_client.fault_rate = 1.0
+        setup.engine.add(SimRequest("a", [*stem, 1], max_tokens=0))
+        setup.engine.step()
+        assert setup.engine.num_failed_loads == 1
+        setup.worker_client.fault_rate = 0.0
+        setup.run(SimRequest("c", [*stem, *tail], max_tokens=20))
+        stored = setup.stored_chunks([*stem, *tail])
+        assert stored == expected_chunks([*stem, *tail])[: len(stored)]
+        assert len(stored) == 6
+
+
+def test_a_refusal_keeps_the_cache_off(server):
+    with Setup(server) as setup:
+        setup.scheduler.hear([WorkerHello(refusal="two KV groups")])
+        setup.run(SimRequest("a", prompt_of(7, 30), max_tokens=0))
+        assert setup.stored_chunks(prompt_of(7, 30)) == []
+
+
+def test_a_block_size_that_does_not_divide_the_chunk_names_those_that_do(server):
+    with Setup(server) as setup:
+        layout = msgspec.structs.replace(LAYOUT, block_size=3)
+        setup.scheduler.hear([WorkerHello(setup.namespace, layout)])
+        with pytest.raises(UsageError, match=r"chunk_size 8 is not a multiple .* block_size 3") as info:
+            setup.scheduler.match(SimRequest("a", prompt_of(8, 30), max_tokens=0), 0)
+        assert "6 or 9" in info.value.hint
+
+
+@pytest.mark.parametrize("what", [{"prompt_embeds": "embeddings"}, {"resumable": True}, {"prompt_token_ids": None}])
+def test_requests_whose_tokens_do_not_decide_their_kv_are_left_alone(server, what):
+    with Setup(server) as setup:
+        request = SimRequest("a", prompt_of(9, 30), max_tokens=0)
+        for name, value in what.items():
+            setattr(request, name, value)
+        assert setup.scheduler.match(request, 0) == 0
+        assert not setup.scheduler._tracked
+
+
+def test_an_engine_without_a_server_goes_on_and_finds_it_when_it_comes():
+    server = LmcacheServer(["--chunk-size", str(CHUNK_SIZE)])
+    client = KVCacheClient(server.zmq_url, kind="engine-worker", timeout_seconds=0.2, heartbeat=True)
+    planes = [torch.zeros(8, BLOCK_BYTES, dtype=torch.uint8) for _ in range(NUM_LAYERS)]
+    worker = WorkerHalf(client)
+    try:
+        namespace = Namespace(model="simulated", layout=LAYOUT.fingerprint, chunk_size=0)
+        worker.start(CpuCopier(LAYOUT, planes), namespace)
+        worker.load(StepPlan([ChunkSpan("r", bytes(64), [3, 1, 2, 5], 2)]))
+        assert worker.take_failed_blocks() == {1, 2, 3, 5}
+        with server:
+            deadline = time.monotonic() + 30
+            while not server.status()["models"]:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            worker.close()
+    finally:
+        worker.close()

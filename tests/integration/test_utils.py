@@ -1,0 +1,165 @@
+"""What is read of vLLM's configuration and requests: settings, identity, and what is refused."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmcache.errors import LayoutMismatchError, UsageError
+from lmcache.integration.vllm.utils import (
+    ConnectorConfig,
+    engine_namespace,
+    request_namespace,
+    weights_digest,
+)
+from lmcache.integration.vllm.worker import read_layout
+from lmcache.keys import Namespace, chunk_keys
+from lmcache.layout import KVLayout
+
+ENGINE = Namespace(model="m", chunk_size=4)
+
+
+def test_settings_have_the_documented_defaults():
+    assert ConnectorConfig.read({}) == ConnectorConfig("tcp://localhost:5555", 2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("extra", "url"),
+    [
+        ({"lmcache.mp.host": "tcp://10.0.0.1", "lmcache.mp.port": 7000}, "tcp://10.0.0.1:7000"),
+        ({"lmcache.mp.host": "cache", "lmcache.mp.port": "7000"}, "tcp://cache:7000"),
+        ({"lmcache.mp.url": "ipc:///run/cache.sock"}, "ipc:///run/cache.sock"),
+        ({"lmcache.mp.url": "cache:7000", "lmcache.mp.port": 1}, "tcp://cache:7000"),
+        ({"another.plugin": 1}, "tcp://localhost:5555"),
+    ],
+)
+def test_the_address_is_put_together_from_what_is_given(extra, url):
+    assert ConnectorConfig.read(extra).url == url
+
+
+def test_a_deadline_is_never_longer_than_the_engine_can_bear():
+    config = ConnectorConfig.read({"lmcache.mp.mq_timeout": 300.0, "lmcache.mp.heartbeat_interval": 0.5})
+    assert (config.timeout_seconds, config.heartbeat_seconds) == (30.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        ({"lmcache.mp.prot": 5555}, "did you mean 'lmcache.mp.port'"),
+        ({"lmcache.chunk_size": 256}, "known: lmcache.mp.url"),
+        ({"lmcache.mp.port": 0}, "1 to 65535"),
+        ({"lmcache.mp.port": "http"}, "1 to 65535"),
+        ({"lmcache.mp.port": True}, "1 to 65535"),
+        ({"lmcache.mp.host": 5}, "text such as"),
+        ({"lmcache.mp.host": ""}, "text such as"),
+        ({"lmcache.mp.url": "http://cache:8080"}, "ZMQ address"),
+        ({"lmcache.mp.url": "cache"}, "ZMQ address"),
+        ({"lmcache.mp.host": "tcp://cache:5555"}, "ZMQ address"),
+        ({"lmcache.mp.host": "a cache"}, "ZMQ address"),
+        ({"lmcache.mp.mq_timeout": "soon"}, "seconds above 0"),
+        ({"lmcache.mp.mq_timeout": float("nan")}, "seconds above 0"),
+        ({"lmcache.mp.heartbeat_interval": 0}, "seconds above 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named_with_what_can(extra, told):
+    with pytest.raises(UsageError) as info:
+        ConnectorConfig.read(extra)
+    assert told in f"{info.value} {info.value.hint}"
+    assert next(iter(extra)) in str(info.value)
+
+
+def make_request(lora=None, media=(), salt=None):
+    return SimpleNamespace(
+        lora_request=lora and SimpleNamespace(lora_name=lora[0], lora_path=lora[1]),
+        mm_features=[
+            SimpleNamespace(identifier=name, mm_position=SimpleNamespace(offset=offset, length=length))
+            for name, offset, length in media
+        ],
+        cache_salt=salt,
+    )
+
+
+text = st.text(max_size=3)
+requests = st.tuples(
+    st.none() | st.tuples(text, text),
+    st.lists(st.tuples(text, st.integers(0, 3), st.integers(1, 3)), max_size=2),
+    st.none() | text,
+)
+
+
+@given(requests, requests)
+def test_requests_of_another_adapter_medium_or_tenant_never_share_a_key(one, other):
+    keys = [chunk_keys(request_namespace(ENGINE, make_request(*r)), [1, 2, 3, 4]) for r in (one, other)]
+    same = (one[0], one[1], one[2] or "") == (other[0], other[1], other[2] or "")
+    assert (keys[0] == keys[1]) is same
+
+
+def make_vllm_config(folder, **changes):
+    model = {
+        "model": str(folder),
+        "revision": None,
+        "dtype": "bfloat16",
+        "quantization": None,
+        "hf_config": SimpleNamespace(to_dict=lambda: {"rope_theta": changes.pop("rope", 1)}),
+        **changes,
+    }
+    return SimpleNamespace(model_config=SimpleNamespace(**model), parallel_config=SimpleNamespace(world_size=1))
+
+
+def test_another_checkpoint_in_the_same_folder_is_another_model(tmp_path):
+    layout = KVLayout(num_layers=1, num_planes=1, block_bytes=1, block_size=1, dtype="u8")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(1 << 18))
+    first = engine_namespace(make_vllm_config(tmp_path), layout)
+    assert engine_namespace(make_vllm_config(tmp_path), layout) == first
+    for change in ({"rope": 2}, {"dtype": "float16"}, {"quantization": "fp8"}, {"revision": "v2"}):
+        changed = engine_namespace(make_vllm_config(tmp_path, **change), layout)
+        assert changed.revision != first.revision
+    weights.write_bytes(bytes((1 << 18) - 1) + b"\1")
+    assert engine_namespace(make_vllm_config(tmp_path), layout).revision != first.revision
+
+
+def test_the_digest_of_weights_follows_names_lengths_and_both_ends(tmp_path):
+    path = tmp_path / "a.safetensors"
+    digests = set()
+    for content in (b"", b"x", b"xx", bytes(1 << 18), b"\1" + bytes((1 << 18) - 1)):
+        path.write_bytes(content)
+        digests.add(weights_digest(tmp_path))
+    path.rename(tmp_path / "b.safetensors")
+    digests.add(weights_digest(tmp_path))
+    (tmp_path / "readme.txt").write_text("not a weight")
+    digests.add(weights_digest(tmp_path))
+    assert len(digests) == 6
+
+
+def make_group(kind="FullAttentionSpec", is_eagle=False):
+    spec = type(kind, (), {"block_size": 16})()
+    return SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"], is_eagle_group=is_eagle)
+
+
+@pytest.mark.parametrize(
+    ("groups", "world_size", "told"),
+    [
+        ([make_group()], 2, "engine of 2 ranks"),
+        ([], 1, "KV groups none"),
+        ([make_group(), make_group("MambaSpec")], 1, "FullAttentionSpec, MambaSpec"),
+        ([make_group("SlidingWindowSpec")], 1, "SlidingWindowSpec"),
+        ([make_group("UniformTypeKVCacheSpecs")], 1, "UniformTypeKVCacheSpecs"),
+        ([make_group(is_eagle=True)], 1, "with draft layers"),
+    ],
+)
+def test_what_cannot_be_cached_is_refused_by_name(groups, world_size, told):
+    pytest.importorskip("torch")
+    vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=world_size))
+    with pytest.raises(UsageError, match=told) as info:
+        read_layout({}, vllm_config, SimpleNamespace(kv_cache_groups=groups))
+    assert info.value.hint
+
+
+def test_an_engine_that_registers_no_tensors_is_refused():
+    pytest.importorskip("torch")
+    vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=1))
+    config = SimpleNamespace(kv_cache_groups=[make_group()], num_blocks=4)
+    with pytest.raises(LayoutMismatchError, match="no KV tensors"):
+        read_layout({"another layer": None}, vllm_config, config)

@@ -1,0 +1,191 @@
+"""Starting and stopping: what is refused before anything is made, what is adopted, and that nothing is left."""
+
+import pytest
+
+from lmcache.client.kvcache import KVCacheClient
+from lmcache.errors import PoolSizeError, UsageError
+from lmcache.metrics import Metrics
+from lmcache.pool import PAGE_BYTES, PoolFile, Presence
+from lmcache.server.app import main, start_server
+from lmcache.storage.sizing import Limit
+from tests.pools import content, keys, make_config, server_in, status_of
+
+KEPT = {"pool_name": "kept", "leaves_pool": True}
+
+
+def kept_pool(directory):
+    return directory / "lmcache-pool-kept"
+
+
+def store(server, *numbers):
+    with KVCacheClient(server.endpoints.zmq) as client:
+        assert client.store(keys(*numbers), [content(number, PAGE_BYTES) for number in numbers]) == [0] * len(numbers)
+
+
+def hits(server, *numbers):
+    with KVCacheClient(server.endpoints.zmq) as client:
+        return client.lookup(keys(*numbers), pin=False).hit_chunks
+
+
+def test_two_servers_fit_in_one_process_and_share_nothing(tmp_path):
+    with server_in(tmp_path, leaves_pool=True) as one, server_in(tmp_path, leaves_pool=True) as other:
+        store(one, 1, 2)
+        assert (hits(one, 1, 2), hits(other, 1, 2)) == (2, 0)
+        assert status_of(one)["boot"] != status_of(other)["boot"]
+        assert status_of(other)["counters"]["stored_chunks"] == 0
+
+
+def test_an_unnamed_pool_goes_with_its_server(tmp_path):
+    with server_in(tmp_path) as server:
+        assert status_of(server)["l1"]["persistent"] is False
+        assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_named_pool_is_served_again_by_the_next_server(tmp_path):
+    with server_in(tmp_path, **KEPT) as server:
+        store(server, 1, 2)
+        first = status_of(server)
+    with server_in(tmp_path, **KEPT) as server:
+        second = status_of(server)
+        assert (second["l1"]["adopted_chunks"], second["l1"]["persistent"]) == (2, True)
+        assert second["boot"] != first["boot"]
+        assert hits(server, 1, 2, 3) == 2
+    kept_pool(tmp_path).unlink()
+
+
+def test_an_adopted_pool_keeps_its_size_and_is_not_measured_again(tmp_path, monkeypatch):
+    with server_in(tmp_path, l1_size_gb=1 / 256, **KEPT):
+        pass
+    monkeypatch.setattr("lmcache.storage.sizing.limits", lambda directory: [Limit("nothing", 0)])
+    with server_in(tmp_path, l1_size_gb=1 / 64, **KEPT) as server:
+        assert status_of(server)["l1"]["capacity_bytes"] == 4 << 20
+    kept_pool(tmp_path).unlink()
+
+
+def test_a_pool_in_use_is_one_usage_error_and_is_left_alone(tmp_path):
+    with server_in(tmp_path, **KEPT) as server:
+        store(server, 1)
+        with pytest.raises(UsageError, match="in use by another server") as caught:
+            start_server(make_config(tmp_path, pool_name="kept"))
+        assert "--pool-name" in caught.value.hint
+        assert hits(server, 1) == 1
+    kept_pool(tmp_path).unlink()
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk" * 5000, None])
+def test_a_named_pool_that_is_of_no_use_is_replaced_by_an_empty_one(tmp_path, damage):
+    with server_in(tmp_path, **KEPT) as server:
+        store(server, 1)
+    if damage is None:
+        with kept_pool(tmp_path).open("r+b") as file:
+            file.truncate(PAGE_BYTES)
+    else:
+        kept_pool(tmp_path).write_bytes(damage)
+    with server_in(tmp_path, **KEPT) as server:
+        assert hits(server, 1) == 0
+        store(server, 1)
+    kept_pool(tmp_path).unlink()
+
+
+def test_what_a_killed_server_left_is_removed_by_the_next_start_in_the_folder(tmp_path):
+    stale = PoolFile.create(tmp_path / "lmcache-pool-tmp-1", capacity_bytes=PAGE_BYTES, num_slots=1)
+    presence = Presence(stale.path, "0" * 32)
+    stale.close(keep=True)
+    with server_in(tmp_path):
+        assert not stale.path.exists()
+    presence.close()
+
+
+def test_presence_files_of_clients_that_died_while_no_server_ran_are_removed_and_those_of_the_living_stay(tmp_path):
+    with server_in(tmp_path, **KEPT):
+        pass
+    living = Presence(kept_pool(tmp_path), "1" * 32)
+    dead = kept_pool(tmp_path).with_name(kept_pool(tmp_path).name + ".client-" + "2" * 32)
+    dead.write_bytes(b"")
+    with server_in(tmp_path, **KEPT):
+        names = {path.name for path in tmp_path.iterdir()}
+        assert dead.name not in names
+        assert kept_pool(tmp_path).name + ".client-" + "1" * 32 in names
+    living.close()
+    kept_pool(tmp_path).unlink()
+
+
+def test_a_size_that_does_not_fit_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(PoolSizeError, match="does not fit"):
+        start_server(make_config(tmp_path, l1_size_gb=100_000.0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_than_the_memory_at_hand_is_taken_only_when_asked_for(tmp_path, monkeypatch):
+    """MEM-5."""
+    monkeypatch.setattr("lmcache.storage.sizing.limits", lambda directory: [Limit("the host", 1 << 20), room_in(directory)])
+    with pytest.raises(PoolSizeError, match="the host is"):
+        start_server(make_config(tmp_path))
+    with server_in(tmp_path, allow_overcommit=True) as server:
+        store(server, 1)
+
+
+def room_in(directory):
+    return Limit(f"the space left in {directory}", 1 << 30)
+
+
+def test_the_slot_table_has_the_size_asked_for(tmp_path):
+    with server_in(tmp_path, max_chunks=7) as server:
+        assert status_of(server)["l1"]["max_chunks"] == 7
+        for number in range(20):
+            store(server, number)
+        assert status_of(server)["l1"]["chunks"] == 7
+        assert hits(server, 19) == 1
+
+
+def test_a_bug_while_starting_leaves_nothing(tmp_path, monkeypatch):
+    """Whatever is raised, wherever: sockets, threads, descriptors and files are given back."""
+    for target in (
+        "lmcache.server.app.CacheService",
+        "lmcache.server.app.StorageManager",
+        "lmcache.server.app.Sessions",
+        "lmcache.storage.manager.L1Cache",
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, lambda *args, **kwargs: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                start_server(make_config(tmp_path, no_http=False))
+            with pytest.raises(ZeroDivisionError):
+                start_server(make_config(tmp_path, pool_name="kept"))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_while_starting_leaves_a_pool_that_an_earlier_server_filled(tmp_path, monkeypatch):
+    with server_in(tmp_path, **KEPT) as server:
+        store(server, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("lmcache.server.app.CacheService", lambda *args, **kwargs: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            start_server(make_config(tmp_path, pool_name="kept"))
+    with server_in(tmp_path, **KEPT) as server:
+        assert hits(server, 1) == 1
+    kept_pool(tmp_path).unlink()
+
+
+def test_the_status_shows_each_setting_with_its_source(tmp_path):
+    with server_in(tmp_path) as server:
+        config = status_of(server)["config"]
+        assert config["pool_dir"] == {"value": str(tmp_path), "source": "default"}
+        assert config["pool_mode"]["value"] == "0600"
+        assert "http_token" not in config
+
+
+def test_the_module_runs_by_itself_and_says_what_is_wrong_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    assert main(["--chunk-size", "0"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --chunk-size '0': expected 1 to ")
+    assert error.count("\n") == 2
+
+
+def test_every_request_is_counted_on_the_metrics_of_its_own_server(tmp_path):
+    with server_in(tmp_path) as server:
+        assert isinstance(server.service.metrics, Metrics)
+        status_of(server)
+        assert server.service.metrics.value("lmcache_requests", "STATUS", "ok") == 1
