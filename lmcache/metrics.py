@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from lmcache.protocol import REQUESTS
+from lmcache.protocol import REQUESTS, FailureReason
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -39,6 +39,7 @@ class MetricSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 OPS = (*REQUESTS, "invalid")
+FAILURE_REASONS = tuple(reason.value for reason in FailureReason)
 # Requests take from some µs (NOOP) to tens of ms (an inline PUT of 32 MiB).
 DURATION_BUCKETS = (20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3, 0.2, 1.0)
 
@@ -90,6 +91,20 @@ SPECS: tuple[MetricSpec, ...] = (
     _counter(
         "lmcache_retrieve_missing_chunks",
         "Chunks asked for by RETRIEVE or GET that were not there: misses to the caller.",
+    ),
+    _counter(
+        "lmcache_retrieve_failed",
+        "Engine blocks that a load did not fill, so that the engine computed them; reported by engines.",
+        reason=FAILURE_REASONS,
+    ),
+    _counter(
+        "lmcache_lookup_failed",
+        "Lookups that became misses because no answer came; reported by engines once they reach the server.",
+        reason=FAILURE_REASONS,
+    ),
+    _counter(
+        "lmcache_stored_decode_chunks",
+        "Chunks committed that hold generated tokens (save_decode_cache); reported by engines.",
     ),
     _counter(
         "lmcache_evicted_chunks",

@@ -208,6 +208,35 @@ class UnregisterKVCache(Request[Reply], tag="UNREGISTER_KV_CACHE"):
     client: ClientId
 
 
+class FailureReason(str, enum.Enum):
+    """Why an engine could not use the cache: names for people, in metrics."""
+
+    MISSING = "missing"
+    """The chunk was gone when it was to be loaded."""
+    STALE = "stale"
+    """Its place was freed while it was copied."""
+    CHECKSUM = "checksum"
+    LAYOUT = "layout"
+    DEADLINE = "deadline"
+    UNREACHABLE = "unreachable"
+    REFUSED = "refused"
+    """The server answered with an error."""
+    ERROR = "error"
+
+
+class Report(Request[Reply], tag="REPORT"):
+    """What an engine counted since its last report and the server cannot see: sent with the heartbeat.
+
+    `failed_blocks`: engine blocks that a load did not fill. `failed_lookups`: lookups that became misses because no
+    answer came. `decode_chunks`: those of its stored chunks that hold generated tokens.
+    """
+
+    client: ClientId
+    failed_blocks: dict[FailureReason, Count] = {}
+    failed_lookups: dict[FailureReason, Count] = {}
+    decode_chunks: Count = 0
+
+
 class LookupReply(Reply):
     """The prefix hit in chunks: in all tiers, and those of them in L1 now."""
 
@@ -398,6 +427,7 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         Goodbye,
         RegisterKVCache,
         UnregisterKVCache,
+        Report,
         Lookup,
         FreeLookupLocks,
         EndSession,

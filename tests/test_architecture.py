@@ -72,12 +72,14 @@ BROAD_EXCEPTS = {
     ("cli/commands/bench/engine.py", "run_vllm"),  # vLLM's benchmark raises and exits as it likes
     ("integration/vllm/worker.py", "register"),  # an engine that we do not understand serves on without us
     ("integration/vllm/worker.py", "_load"),  # vLLM must hear which blocks are not filled
-    ("integration/vllm/worker.py", "store"),  # a store that fails is a chunk that is not there next time
+    ("integration/vllm/worker.py", "store_span"),  # a store that fails is a chunk that is not there next time
     ("integration/vllm/lmcache_mp_connector.py", "_as_a_miss"),  # to the engine, a failing cache is a miss
 }
 # Waits without a deadline of their own, each with why it ends.
 UNTIMED = {
     ("client/kvcache.py", "_call_once", "result"),  # ReplyFuture.result: by the request's deadline
+    ("client/kvcache.py", "result", "result"),  # the same
+    ("integration/vllm/scheduler.py", "_hit_chunks", "result"),  # PendingLookup.result of one that is settled
     ("client/kvcache.py", "_on_late_reply", "result"),  # its reply is there
     ("client/mq.py", "call", "result"),  # by the request's deadline
     ("client/mq.py", "read_until", "recv"),  # RCVTIMEO is set right before

@@ -11,7 +11,8 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lmcache.client.mq import DEFAULT_TIMEOUT_SECONDS, MessageQueueClient, Reply
 from lmcache.errors import (
     ChecksumError,
     DeadlineError,
+    LayoutMismatchError,
     LMCacheError,
     PoolError,
     RemoteError,
@@ -38,6 +40,7 @@ from lmcache.protocol import (
     Attach,
     Commit,
     EndSession,
+    FailureReason,
     FreeLookupLocks,
     Get,
     Goodbye,
@@ -53,6 +56,7 @@ from lmcache.protocol import (
     RegisterKVCache,
     RegisterReply,
     Release,
+    Report,
     Request,
     Retrieve,
     Store,
@@ -276,6 +280,94 @@ class PinnedChunks:
         self.release()
 
 
+def failure_reason(exc: Exception) -> FailureReason:
+    """Return what kind of failure it is, for metrics."""
+    kinds: list[tuple[type[Exception], FailureReason]] = [
+        (StaleReadError, FailureReason.STALE),
+        (ChecksumError, FailureReason.CHECKSUM),
+        (LayoutMismatchError, FailureReason.LAYOUT),
+        (DeadlineError, FailureReason.DEADLINE),
+        (UnreachableError, FailureReason.UNREACHABLE),
+        (RemoteError, FailureReason.REFUSED),
+    ]
+    return next((reason for kind, reason in kinds if isinstance(exc, kind)), FailureReason.ERROR)
+
+
+class Tally:
+    """What an engine counts until it is reported. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failed_blocks: Counter[FailureReason] = Counter()
+        self._failed_lookups: Counter[FailureReason] = Counter()
+        self._decode_chunks = 0
+
+    def add(
+        self,
+        failed_blocks: Mapping[FailureReason, int] | None = None,
+        failed_lookups: Mapping[FailureReason, int] | None = None,
+        decode_chunks: int = 0,
+    ) -> None:
+        """Count more."""
+        with self._lock:
+            self._failed_blocks.update(failed_blocks or {})
+            self._failed_lookups.update(failed_lookups or {})
+            self._decode_chunks += decode_chunks
+
+    def take(self, client_id: str) -> Report | None:
+        """Return what was counted and begin anew; None when there is nothing to report."""
+        with self._lock:
+            report = Report(
+                client=client_id,
+                failed_blocks=dict(self._failed_blocks),
+                failed_lookups=dict(self._failed_lookups),
+                decode_chunks=self._decode_chunks,
+            )
+            self._failed_blocks.clear()
+            self._failed_lookups.clear()
+            self._decode_chunks = 0
+        return report if report.failed_blocks or report.failed_lookups or report.decode_chunks else None
+
+    def give_back(self, report: Report) -> None:
+        """Count a report that was not delivered again."""
+        self.add(report.failed_blocks, report.failed_lookups, report.decode_chunks)
+
+
+class PendingLookup:
+    """A lookup under way. Belongs to the thread that started it."""
+
+    def __init__(self, client: KVCacheClient, future: ReplyFuture[LookupReply]) -> None:
+        self._client = client
+        self._future = future
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `result` would return or raise at once, as far as the replies read so far tell."""
+        return self._future.is_settled
+
+    def wait(self, seconds: float) -> bool:
+        """Read replies until this one has come, for at most `seconds`; return `is_settled`."""
+        return self._future.wait(seconds)
+
+    def result(self) -> LookupReply:
+        """Return the reply, once it is settled.
+
+        Raises: DeadlineError, RemoteError, ProtocolError: a miss. What a late reply grants is given back.
+        """
+        try:
+            return self._future.result()
+        except DeadlineError as exc:
+            self._client.note_silence(exc)
+            raise
+        except RemoteError as exc:
+            self._client.note_refusal(exc)
+            raise
+
+    def abandon(self) -> None:
+        """Stop waiting; what a reply that still comes grants is given back."""
+        self._future.abandon()
+
+
 class KVCacheClient:
     """One user of the cache. Introduces itself on first use, and again by itself after the server restarted.
 
@@ -301,6 +393,7 @@ class KVCacheClient:
         self.mq = MessageQueueClient(url, timeout_seconds, self._on_late_reply)
         self._kind = kind
         self._inline = inline
+        self.tally = Tally()
         self._lock = threading.Lock()
         self._introducing = threading.Lock()
         self._attachment: Attachment | None = None
@@ -331,6 +424,16 @@ class KVCacheClient:
             finally:
                 self._introducing.release()
         return attachment
+
+    def present(self) -> Attachment:
+        """Return the current introduction at once. Making one is the heartbeat's business, where there is one.
+
+        Raises: UnreachableError at once; without a heartbeat as `attach` does.
+        """
+        attachment = self._attachment
+        if attachment is None and self._heartbeat is not None:
+            raise UnreachableError(self._down_reason or f"not introduced to {self.mq.url} yet")
+        return attachment or self.attach()
 
     def _hold(self) -> Attachment:
         """The current introduction, acquired: a heartbeat that fails meanwhile cannot close it."""
@@ -430,6 +533,18 @@ class KVCacheClient:
             self._down_reason = exc.message
         self._retire(attachment)
 
+    def note_silence(self, exc: UnreachableError) -> None:
+        """A reply did not come in time: until the heartbeat hears from the server, nobody else waits for it."""
+        self.note_failure(exc)
+        if self._heartbeat is not None:
+            self._down_reason = exc.message
+
+    def note_refusal(self, exc: RemoteError) -> None:
+        """An error reply; when it says that the server does not know us, we introduce ourselves again."""
+        attachment = self._attachment
+        if exc.code == UNKNOWN_CLIENT and attachment is not None:
+            self._retire(attachment)
+
     def note_failure(self, exc: Exception) -> None:
         """Log a failure that the caller does not see, at most once per interval."""
         self._log.warning(type(exc).__name__, str(exc))
@@ -458,7 +573,18 @@ class KVCacheClient:
         if attachment is not None and reply.boot != attachment.boot:
             self._retire(attachment)
         self._down_reason = ""
-        return min(self.attach().lease_seconds / 3, self._heartbeat_seconds)
+        attachment = self.attach()
+        self._report(attachment)
+        return min(attachment.lease_seconds / 3, self._heartbeat_seconds)
+
+    def _report(self, attachment: Attachment) -> None:
+        report = self.tally.take(attachment.client_id)
+        if report is not None:
+            try:
+                self.mq.call(report, timeout_seconds=min(self.mq.timeout_seconds, BACKOFF_MAX_SECONDS))
+            except LMCacheError:
+                self.tally.give_back(report)
+                raise
 
     def _on_late_reply(self, late: ReplyFuture[Any]) -> None:
         """Give back what the server granted to a request whose caller had stopped waiting."""
@@ -483,6 +609,7 @@ class KVCacheClient:
             attachment, self._attachment = self._attachment, None
         if attachment is not None:
             try:
+                self._report(attachment)
                 self.mq.call(
                     Goodbye(client=attachment.client_id),
                     timeout_seconds=min(1.0, self.mq.timeout_seconds),
@@ -529,6 +656,30 @@ class KVCacheClient:
             lambda a: Lookup(client=a.client_id if pin else None, request_id=request_id, world_size=world_size),
             [keys],
         )
+
+    def start_lookup(self, keys: bytes, request_id: str, world_size: int, timeout_seconds: float) -> PendingLookup:
+        """Start a lookup that pins what it finds for `request_id`; nothing is waited for.
+
+        Raises: UnreachableError at once when there is no connection now.
+        """
+        attachment = self.present()
+        self._check_up()
+        request = Lookup(client=attachment.client_id, request_id=request_id, world_size=world_size)
+        return PendingLookup(self, self.mq.submit(request, [keys], timeout_seconds))
+
+    def post_free_lookup_locks(self, request_id: str) -> None:
+        """Unpin what the request's lookup found, without waiting for the reply.
+
+        Raises: UnreachableError at once when there is no connection now.
+        """
+        self.mq.post(FreeLookupLocks(client=self.present().client_id, request_id=request_id))
+
+    def post_end_session(self, request_id: str) -> None:
+        """Release every pin that this client holds for the request, without waiting for the reply.
+
+        Raises: UnreachableError at once when there is no connection now.
+        """
+        self.mq.post(EndSession(client=self.present().client_id, request_id=request_id))
 
     def free_lookup_locks(self, request_id: str, start: int = 0, end: int = MAX_CHUNKS) -> int:
         """Unpin chunks [start, end) of the request's lookup; return how many pins went."""

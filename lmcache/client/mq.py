@@ -56,11 +56,25 @@ class ReplyFuture(Generic[R]):
         self._header = header
         self.payload = payload
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether `result` would return or raise at once, as far as the replies read so far tell."""
+        return self._header is not None or time.monotonic() >= self._deadline
+
     def done(self) -> bool:
         """Tell, without waiting, whether `result` would return or raise at once."""
+        return self.wait(0.0)
+
+    def wait(self, seconds: float) -> bool:
+        """Read replies until this one has come, for at most `seconds`; return `is_settled`."""
         if self._header is None:
-            self._channel.read_until(self, 0.0)
-        return self._header is not None or time.monotonic() >= self._deadline
+            self._channel.read_until(self, min(self._deadline, time.monotonic() + seconds))
+        return self.is_settled
+
+    def abandon(self) -> None:
+        """Stop waiting; what a reply that still comes grants is given back."""
+        if self._header is None:
+            self._channel.abandon(self)
 
     def result(self) -> R:
         """Wait for the reply until the request's deadline.
@@ -234,6 +248,10 @@ class MessageQueueClient:
             channel = self._local.channel = _Channel(self, self._context)
             self._channels.add(channel)
         return channel
+
+    def connect(self) -> None:
+        """Begin to connect the calling thread's socket, so that its first request need not wait for that."""
+        self._channel()
 
     def check_open(self) -> None:
         """Return if the calling thread may use this client.

@@ -54,6 +54,7 @@ from lmcache.protocol import (
     Release,
     RemovalReply,
     Reply,
+    Report,
     Request,
     Retrieve,
     RetrieveReply,
@@ -178,6 +179,7 @@ class CacheService:
             Goodbye: self._goodbye,
             RegisterKVCache: self._register,
             UnregisterKVCache: self._unregister,
+            Report: self._report,
             Lookup: self._lookup,
             FreeLookupLocks: self._free_lookup_locks,
             EndSession: self._end_session,
@@ -364,6 +366,15 @@ class CacheService:
 
     def _unregister(self, request: UnregisterKVCache, payload: Payload) -> Answer:
         self._client(request.client).registration = None
+        return Answer(Reply())
+
+    def _report(self, request: Report, payload: Payload) -> Answer:
+        self._client(request.client)
+        for reason, count in request.failed_blocks.items():
+            self.metrics.count("lmcache_retrieve_failed", reason.value, by=count)
+        for reason, count in request.failed_lookups.items():
+            self.metrics.count("lmcache_lookup_failed", reason.value, by=count)
+        self.metrics.count("lmcache_stored_decode_chunks", by=request.decode_chunks)
         return Answer(Reply())
 
     # -- lookup -------------------------------------------------------------------------------------------------------

@@ -103,6 +103,7 @@ class SimEngine:
 
     def add(self, request):
         self.waiting.append(request)
+        self.scheduler.announced(request)
 
     @property
     def has_work(self):
@@ -137,6 +138,8 @@ class SimEngine:
             request = self.waiting[0]
             local = self._local_hit(request)
             external = self.scheduler.match(request, len(local) * BLOCK_SIZE)
+            if external is None:
+                break
             start = len(local) * BLOCK_SIZE + external
             count = min(budget, self.max_part, request.num_tokens - start)
             if not self._admit(request, local, start, start + count):

@@ -1,5 +1,6 @@
 """Both halves of the plug-in under a simulated engine and a real server: no wrong byte, ever."""
 
+import contextlib
 import random
 import time
 
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from lmcache.client.kvcache import KVCacheClient  # noqa: E402
-from lmcache.errors import StaleReadError, UnreachableError, UsageError  # noqa: E402
+from lmcache.errors import DeadlineError, StaleReadError, UnreachableError, UsageError  # noqa: E402
 from lmcache.integration.vllm.scheduler import SchedulerHalf  # noqa: E402
 from lmcache.integration.vllm.steps import (  # noqa: E402
     ChunkSpan,
@@ -86,7 +87,7 @@ def server():
 class Setup:
     """An engine with both halves attached to an emptied server."""
 
-    def __init__(self, server, num_blocks=48, faults=None, **engine):
+    def __init__(self, server, num_blocks=48, faults=None, saves_decode=False, lookup_timeout_seconds=30.0, **engine):
         with KVCacheClient(server.zmq_url) as client:
             client.mq.call(Clear())
         self.planes = [torch.full((num_blocks, BLOCK_BYTES), 0xEE, dtype=torch.uint8) for _ in range(NUM_LAYERS)]
@@ -95,7 +96,9 @@ class Setup:
             FaultyClient(server.zmq_url, *faults) if faults else KVCacheClient(server.zmq_url, kind="engine-worker")
         )
         self.namespace = Namespace(model="simulated", layout=LAYOUT.fingerprint, chunk_size=0)
-        self.scheduler = SchedulerHalf(self.scheduler_client)
+        self.scheduler = SchedulerHalf(
+            self.scheduler_client, saves_decode=saves_decode, lookup_timeout_seconds=lookup_timeout_seconds
+        )
         self.worker = WorkerHalf(self.worker_client)
         self.worker.start(CpuCopier(LAYOUT, self.planes), self.namespace)
         self.scheduler.hear([self.worker.hello])
@@ -229,7 +232,7 @@ def test_a_chunk_that_is_gone_costs_exactly_its_own_blocks_and_those_after(serve
         setup.worker.load(StepPlan([span]))
         assert setup.worker.take_failed_blocks() == set(range(28, 32))
         assert setup.worker.take_failed_blocks() == set()
-        assert setup.worker.take_report() == StepReport(frozenset({"b"}), 1)
+        assert setup.worker.take_report() == StepReport(frozenset({"b"}), {0: 1})
         expected = expected_kv(prompt)
         for layer, plane in enumerate(setup.planes):
             loaded = [bytes(plane[block].tolist()) for block in range(20, 28)]
@@ -247,7 +250,7 @@ def test_every_kind_of_failed_load_is_reported_and_stops_stores_until_it_is_hear
         store = StoreSpan("r", keys, list(range(10)), 2)
         setup.worker.store(StepPlan(stores=[store]))
         assert setup.stored_chunks(prompt) == []
-        setup.worker.store(StepPlan(stores=[store], known_load_failures=1))
+        setup.worker.store(StepPlan(stores=[store], known_load_failures={0: 1}))
         assert len(setup.stored_chunks(prompt)) == 5
 
 
@@ -267,6 +270,90 @@ def test_what_is_computed_over_a_block_that_is_not_computed_again_yet_is_not_sto
         stored = setup.stored_chunks([*stem, *tail])
         assert stored == expected_chunks([*stem, *tail])[: len(stored)]
         assert len(stored) == 6
+
+
+@pytest.mark.parametrize("saves_decode", [True, False])
+def test_generated_tokens_are_stored_only_when_that_was_asked_for(server, saves_decode):
+    prompt = prompt_of(10, 30)
+    with Setup(server, saves_decode=saves_decode) as setup:
+        request = SimRequest("a", prompt, max_tokens=20)
+        setup.run(request)
+        num_tokens = 48 if saves_decode else 24
+        assert setup.stored_chunks(request.all_token_ids) == expected_chunks(request.all_token_ids[:num_tokens])
+        before = server.status()["counters"]["stored_decode_chunks"]
+    after = server.status()["counters"]["stored_decode_chunks"]  # reported when the engine left
+    assert after - before == (3 if saves_decode else 0)
+
+
+def test_failures_are_counted_by_reason_and_reported_at_the_latest_when_the_engine_leaves(server):
+    before = server.status()["counters"]["retrieve_failed"]
+    with Setup(server, faults=(OneFault("lost"), 1.0)) as setup:
+        setup.worker.load(StepPlan([ChunkSpan("r", bytes(64), [1, 2, 3, 4], 2)]))
+    with Setup(server) as setup:
+        setup.worker.load(StepPlan([ChunkSpan("r", bytes(64), [1, 2, 3, 4], 2)]))
+    after = server.status()["counters"]["retrieve_failed"]
+    grown = {reason: count - before[reason] for reason, count in after.items() if count != before[reason]}
+    assert grown == {"unreachable": 4, "missing": 4}
+
+
+@contextlib.contextmanager
+def frozen(server):
+    server.freeze()
+    try:
+        yield
+    finally:
+        server.thaw()
+
+
+def test_a_lookup_that_is_not_answered_is_asked_for_again_and_then_a_miss(server):
+    prompt = prompt_of(11, 40)
+    with Setup(server, lookup_timeout_seconds=0.3) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        scheduler, client = setup.scheduler, setup.scheduler_client
+        with frozen(server):
+            request = SimRequest("b", prompt, max_tokens=0)
+            scheduler.announced(request)
+            assert scheduler.match(request, 0) is None
+            assert scheduler.match(request, 0) is None
+            deadline = time.monotonic() + 30
+            with pytest.raises(DeadlineError):
+                while scheduler.match(request, 0) is None:
+                    assert time.monotonic() < deadline
+                    scheduler.plan_loads()
+            assert scheduler.match(request, 0) == 0
+            scheduler.allocated("b", list(range(10)), 0)
+            scheduler.free_pins("b")
+            scheduler.finished("b")
+        # What the server still answered after the deadline has been given back.
+        assert client.lookup(chunk_keys(setup.chunk_namespace(), prompt)).hit_chunks == 5
+        client.end_session("")
+        status = server.status()
+        assert (status["l1"]["pins"], status["sessions"]) == (0, 0)
+
+
+def test_a_request_that_ends_in_the_queue_leaves_no_pins(server):
+    prompt = prompt_of(12, 40)
+    with Setup(server) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        setup.scheduler.announced(SimRequest("b", prompt, max_tokens=0))
+        setup.scheduler.finished("b")
+        assert setup.scheduler_client.lookup(b"").hit_chunks == 0  # after what was posted
+        status = server.status()
+        assert (status["l1"]["pins"], status["sessions"]) == (0, 0)
+
+
+def test_many_waiting_requests_are_asked_about_without_looking_at_the_socket_again(server):
+    with Setup(server) as setup:
+        setup.run(SimRequest("connects", prompt_of(0, 40), max_tokens=0))
+        with frozen(server):
+            requests = [SimRequest(f"r{number}", prompt_of(number, 40), max_tokens=0) for number in range(50)]
+            for request in requests:
+                setup.scheduler.announced(request)
+            assert [setup.scheduler.match(request, 0) for request in requests] == [None] * 50
+            channel = setup.scheduler_client.mq._channel()
+            channel.read_until = None  # would be noticed
+            assert [setup.scheduler.match(request, 0) for request in requests] == [None] * 50
+            del channel.read_until
 
 
 def test_a_refusal_keeps_the_cache_off(server):

@@ -133,6 +133,10 @@ def test_the_digest_of_weights_follows_names_lengths_and_both_ends(tmp_path):
     assert len(digests) == 6
 
 
+def make_parallel_config(world_size=1):
+    return SimpleNamespace(world_size=world_size, tensor_parallel_size=1, decode_context_parallel_size=1)
+
+
 def make_group(kind="FullAttentionSpec", is_eagle=False):
     spec = type(kind, (), {"block_size": 16})()
     return SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"], is_eagle_group=is_eagle)
@@ -151,7 +155,7 @@ def make_group(kind="FullAttentionSpec", is_eagle=False):
 )
 def test_what_cannot_be_cached_is_refused_by_name(groups, world_size, told):
     pytest.importorskip("torch")
-    vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=world_size))
+    vllm_config = SimpleNamespace(parallel_config=make_parallel_config(world_size))
     with pytest.raises(UsageError, match=told) as info:
         read_layout({}, vllm_config, SimpleNamespace(kv_cache_groups=groups))
     assert info.value.hint
@@ -159,7 +163,7 @@ def test_what_cannot_be_cached_is_refused_by_name(groups, world_size, told):
 
 def test_an_engine_that_registers_no_tensors_is_refused():
     pytest.importorskip("torch")
-    vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=1))
+    vllm_config = SimpleNamespace(parallel_config=make_parallel_config())
     config = SimpleNamespace(kv_cache_groups=[make_group()], num_blocks=4)
     with pytest.raises(LayoutMismatchError, match="no KV tensors"):
         read_layout({"another layer": None}, vllm_config, config)

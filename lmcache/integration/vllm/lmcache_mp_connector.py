@@ -76,7 +76,13 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         if is_worker:
             self._worker = WorkerHalf(client)
         else:
-            self._scheduler = SchedulerHalf(client, can_load=transfer.is_kv_consumer, can_store=transfer.is_kv_producer)
+            self._scheduler = SchedulerHalf(
+                client,
+                can_load=transfer.is_kv_consumer,
+                can_store=transfer.is_kv_producer,
+                saves_decode=config.saves_decode,
+                lookup_timeout_seconds=config.lookup_timeout_seconds,
+            )
             logger.info("KV cache server: %s", config.url)
             if transfer.kv_load_failure_policy == "fail":
                 logger.warning(
@@ -145,10 +151,16 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         """Start to work as the workers say; the base class takes no pipeline ranks."""
         self.set_xfer_handshake_metadata(metadata)
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Return how many tokens can be loaded, within the step that needs them."""
+    def on_new_request(self, request: Any) -> None:
+        """Start to look up what is cached of a request that enters vLLM's queue."""
         scheduler = self._scheduler_half()
-        num_tokens = 0
+        with _as_a_miss(scheduler):
+            scheduler.announced(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Return how many tokens can be loaded, within the step that needs them; None while that is being looked up."""
+        scheduler = self._scheduler_half()
+        num_tokens: int | None = 0
         with _as_a_miss(scheduler):
             num_tokens = scheduler.match(request, num_computed_tokens)
         return num_tokens, False

@@ -8,18 +8,23 @@ other way, from the worker (`WorkerHello`), because only the worker sees the KV 
 is part of it; vLLM's `kv_cache_config` says less to the scheduler than to the worker (specs are
 merged) and nothing about strides or the attention backend. Until the worker has spoken, nothing is
 looked up.
+
+The scheduler does not wait for the server, but for LINGER_SECONDS a step. A lookup starts when vLLM
+takes the request into its queue and is read when vLLM asks for the answer; frees are sent and
+forgotten; introductions are made by the client's heartbeat. What is not there in time is a miss.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from lmcache.client.kvcache import KVCacheClient
+from lmcache.client.kvcache import KVCacheClient, PendingLookup, failure_reason
 from lmcache.errors import LMCacheError
 from lmcache.integration.vllm.steps import (
     ChunkSpan,
@@ -37,16 +42,20 @@ logger = init_logger(__name__)
 
 
 UNKNOWN = sys.maxsize
+# A lookup takes 0.2 to 0.5 ms, a step without it 3 ms and more: so much of each step may be spent on waiting for replies.
+LINGER_SECONDS = 1e-3
+DEFAULT_LOOKUP_TIMEOUT_SECONDS = 0.5
 
 
 @dataclass
 class TrackedRequest:
     """What is known of one request that vLLM has asked about.
 
-    `keys` covers the whole chunks of its tokens. `hit_chunks` is what the lookup found for the
-    admission that is under way, valid in the server life `hit_boot`. Chunks before `stored_chunks`
-    need not be offered for storing. While some blocks are distrusted, `own_from` is the token from
-    which on the request has computed all KV itself, and from trusted blocks.
+    `tokens` are vLLM's own and grow; `keys` covers their whole chunks, up to the last time somebody
+    needed them. `lookup` is under way; its answer for the admission to come is `hit_chunks`, valid in
+    the server life `hit_boot`. Chunks before `stored_chunks` need not be offered for storing. While
+    some blocks are distrusted, `own_from` is the token from which on the request has computed all KV
+    itself, and from trusted blocks.
     """
 
     request_id: str
@@ -54,10 +63,12 @@ class TrackedRequest:
     blocks_per_chunk: int
     hasher: ChunkHasher
     num_prompt_tokens: int
+    tokens: Sequence[int]
     keys: bytes = b""
+    lookup: PendingLookup | None = None
     hit_chunks: int = 0
     hit_boot: str = ""
-    has_pins: bool = False
+    may_hold_pins: bool = False
     matched_from: int = 0
     block_ids: list[int] = field(default_factory=list)
     stored_chunks: int = 0
@@ -67,6 +78,10 @@ class TrackedRequest:
     def block_size(self) -> int:
         """Tokens of one engine block."""
         return self.namespace.chunk_size // self.blocks_per_chunk
+
+    def extend_keys(self) -> None:
+        """Hash the tokens that have come since the last time."""
+        self.keys = self.hasher.extend_to(self.tokens)
 
     def key_span(self, start: int, end: int) -> bytes:
         """Return the keys of chunks [start, end)."""
@@ -81,36 +96,60 @@ class SchedulerHalf:
     Args:
         client: this process's own.
         can_load, can_store: what vLLM's `kv_role` allows.
+        saves_decode: also store chunks that hold generated tokens.
+        lookup_timeout_seconds: how long a request waits in vLLM's queue for what is cached of it.
     """
 
-    def __init__(self, client: KVCacheClient, *, can_load: bool = True, can_store: bool = True) -> None:
+    def __init__(
+        self,
+        client: KVCacheClient,
+        *,
+        can_load: bool = True,
+        can_store: bool = True,
+        saves_decode: bool = False,
+        lookup_timeout_seconds: float = DEFAULT_LOOKUP_TIMEOUT_SECONDS,
+    ) -> None:
         self._client = client
         self._can_load = can_load
         self._can_store = can_store
+        self._saves_decode = saves_decode
+        self._lookup_timeout_seconds = lookup_timeout_seconds
         self._namespace: Namespace | None = None
         self._layout: KVLayout | None = None
         self._tracked: dict[str, TrackedRequest] = {}
         self._loads: list[ChunkSpan] = []
-        self._known_load_failures = 0
+        self._linger_seconds = LINGER_SECONDS
+        self._known_load_failures: dict[int, int] = {}
         # Blocks whose KV may have been computed from a load that failed: never stored.
         self._tainted: set[int] = set()
         self._log = RateLimitedLog(logger)
 
-    def hear(self, hellos: Iterable[WorkerHello]) -> None:
-        """Start to work as the workers say; one that refuses keeps the cache off."""
-        for hello in hellos:
-            if hello.refusal or hello.namespace is None:
-                logger.error("serving without the KV cache: %s", hello.refusal)
-                self._namespace = self._layout = None
-                return
-            self._namespace, self._layout = hello.namespace, hello.layout
+    def hear(self, hellos: Sequence[WorkerHello]) -> None:
+        """Start to work as the workers say; one that refuses, or is missing, keeps the cache off."""
+        refusal = _reason_against(hellos)
+        if refusal:
+            logger.error("serving without the KV cache: %s", refusal)
+            self._namespace = self._layout = None
+            return
+        self._namespace, self._layout = hellos[0].namespace, hellos[0].layout
+        self._client.mq.connect()
 
     # -- before a step ----------------------------------------------------------------------------
 
-    def match(self, request: Any, num_computed_tokens: int) -> int:
+    def announced(self, request: Any) -> None:
+        """Start to find out what is cached of a request that vLLM takes into its queue.
+
+        Raises: LMCacheError.
+        """
+        tracked = self._track(request)
+        if tracked is not None:
+            self._start_lookup(tracked)
+
+    def match(self, request: Any, num_computed_tokens: int) -> int | None:
         """Return how many tokens after those computed can be loaded; at least one stays to compute.
 
-        vLLM asks again in the next step when it has no room for the request, so the answer is kept.
+        None: not known yet, ask again in the next step. vLLM also asks again when it has no room for
+        the request, so the answer is kept.
 
         Raises: LMCacheError; the answer is then 0.
         """
@@ -118,18 +157,19 @@ class SchedulerHalf:
         if tracked is None:
             return 0
         chunk_size = tracked.namespace.chunk_size
-        usable = (request.num_tokens - 1) // chunk_size
-        if not self._can_load or usable * chunk_size <= num_computed_tokens:
+        if not self._can_load or self._usable_chunks(tracked) * chunk_size <= num_computed_tokens:
             return 0
-        hit_tokens = self._lookup(tracked, usable) * chunk_size
+        hit_chunks = self._hit_chunks(tracked)
+        if hit_chunks is None:
+            return None
         tracked.matched_from = num_computed_tokens
-        return max(0, hit_tokens - num_computed_tokens)
+        return max(0, hit_chunks * chunk_size - num_computed_tokens)
 
     def _track(self, request: Any) -> TrackedRequest | None:
-        """Return the request's entry with up-to-date keys; None when it cannot be cached."""
+        """Return the request's entry; None when it cannot be cached."""
         if self._namespace is None or self._layout is None or not is_cacheable(request):
             return None
-        chunk_size = self._client.attach().chunk_size
+        chunk_size = self._client.present().chunk_size
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.namespace.chunk_size != chunk_size:
             engine = msgspec.structs.replace(self._namespace, chunk_size=chunk_size)
@@ -140,25 +180,62 @@ class SchedulerHalf:
                 self._layout.blocks_per_chunk(chunk_size),
                 ChunkHasher(namespace),
                 request.num_prompt_tokens,
+                request.all_token_ids,
             )
-        tracked.keys = tracked.hasher.extend_to(request.all_token_ids)
+            tracked.extend_keys()
         return tracked
 
-    def _lookup(self, tracked: TrackedRequest, usable: int) -> int:
-        boot = self._client.attach().boot
-        if tracked.hit_boot != boot:
-            tracked.hit_chunks, tracked.has_pins = 0, False
-            reply = self._client.lookup(tracked.key_span(0, usable), tracked.request_id)
-            tracked.hit_chunks = reply.l1_chunks
-            tracked.has_pins = reply.l1_chunks > 0
-            tracked.hit_boot = reply.boot
-        return min(tracked.hit_chunks, usable)
+    def _usable_chunks(self, tracked: TrackedRequest) -> int:
+        """Return how many chunks could be loaded: the engine must compute one token at least."""
+        return (len(tracked.tokens) - 1) // tracked.namespace.chunk_size
+
+    def _start_lookup(self, tracked: TrackedRequest) -> None:
+        usable = self._usable_chunks(tracked)
+        if usable <= 0 or not self._can_load:
+            return
+        tracked.extend_keys()
+        tracked.lookup = self._client.start_lookup(
+            tracked.key_span(0, usable),
+            tracked.request_id,
+            tracked.namespace.world_size,
+            self._lookup_timeout_seconds,
+        )
+        tracked.may_hold_pins = True
+
+    def _hit_chunks(self, tracked: TrackedRequest) -> int | None:
+        """Return the lookup's answer if it has come, after starting one where there is none for this life of the server."""
+        if tracked.lookup is None and tracked.hit_boot != self._client.present().boot:
+            self._start_lookup(tracked)
+        if tracked.lookup is not None:
+            if not self._has_come(tracked.lookup):
+                return None
+            lookup, tracked.lookup = tracked.lookup, None
+            tracked.hit_chunks, tracked.hit_boot = 0, self._client.present().boot  # should it have failed
+            try:
+                reply = lookup.result()
+            except LMCacheError as exc:
+                self._client.tally.add(failed_lookups={failure_reason(exc): 1})
+                raise
+            tracked.hit_chunks, tracked.hit_boot = reply.l1_chunks, reply.boot
+            tracked.may_hold_pins = reply.l1_chunks > 0
+        return min(tracked.hit_chunks, self._usable_chunks(tracked))
+
+    def _has_come(self, lookup: PendingLookup) -> bool:
+        """Look for replies as long as this step's time for that lasts; afterwards asking again costs nothing."""
+        if self._linger_seconds > 0 and not lookup.is_settled:
+            started_at = time.monotonic()
+            lookup.wait(self._linger_seconds)
+            self._linger_seconds -= time.monotonic() - started_at
+        return lookup.is_settled
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
         """Take note that vLLM admits a request and expects `num_external_tokens` to be loaded."""
         tracked = self._tracked.get(request_id)
         if tracked is None:
             return
+        if tracked.lookup is not None:  # vLLM goes on without the answer
+            tracked.lookup.abandon()
+            tracked.lookup = None
         tracked.block_ids = list(block_ids)
         tracked.stored_chunks = tracked.hit_chunks
         tracked.hit_chunks, tracked.hit_boot = 0, ""  # another admission looks again
@@ -180,10 +257,11 @@ class SchedulerHalf:
 
     def plan_loads(self) -> StepPlan:
         """Return the plan of a step, with the loads of the requests that it admits."""
+        self._linger_seconds = LINGER_SECONDS
         loads, self._loads = self._loads, []
         for load in loads:
             self._tainted.difference_update(load.block_ids)
-        return StepPlan(loads, known_load_failures=self._known_load_failures)
+        return StepPlan(loads, known_load_failures=dict(self._known_load_failures))
 
     def plan_stores(self, plan: StepPlan, scheduler_output: Any) -> None:
         """Add the chunks that the step will complete."""
@@ -214,17 +292,21 @@ class SchedulerHalf:
             tracked.own_from = UNKNOWN
 
     def _span_to_store(self, tracked: TrackedRequest, end: int) -> StoreSpan | None:
-        """Return the prompt's chunks not yet offered that are complete once `end` is reached.
+        """Return the chunks not yet offered that are complete once `end` is reached.
 
-        Chunks that hold generated tokens are left out: they are hardly ever asked for again, and
-        would push out those that are.
+        Those that hold generated tokens are left out unless they were asked for: they are hardly ever
+        needed again, and would push out those that are.
         """
         first = tracked.stored_chunks
-        last = min(end, tracked.num_prompt_tokens) // tracked.namespace.chunk_size
+        # Beyond the tokens known so far are those that a step in flight is about to choose, or drafts.
+        num_tokens = len(tracked.tokens) if self._saves_decode else tracked.num_prompt_tokens
+        last = min(end, num_tokens) // tracked.namespace.chunk_size
         num_blocks = last * tracked.blocks_per_chunk
         blocks = tracked.block_ids[:num_blocks]
         if not self._can_store or last <= first or len(blocks) < num_blocks or not self._tainted.isdisjoint(blocks):
             return None
+        if last * KEY_BYTES > len(tracked.keys):
+            tracked.extend_keys()
         return StoreSpan(
             tracked.request_id,
             tracked.key_span(first, last),
@@ -232,14 +314,15 @@ class SchedulerHalf:
             tracked.blocks_per_chunk,
             namespace_id=tracked.namespace.id,
             parent=tracked.key_span(first - 1, first) if first else b"",
+            num_prompt_chunks=max(0, tracked.num_prompt_tokens // tracked.namespace.chunk_size - first),
         )
 
     # -- after a step -----------------------------------------------------------------------------
 
     def hear_report(self, report: StepReport, invalid_block_ids: Iterable[int]) -> None:
         """Let go of what has been loaded, and distrust what came from a load that failed."""
-        if report.load_failures > self._known_load_failures:
-            self._known_load_failures = report.load_failures
+        if any(count > self._known_load_failures.get(rank, 0) for rank, count in report.load_failures.items()):
+            self._known_load_failures.update(report.load_failures)
             self._distrust(set(invalid_block_ids))
         for request_id in report.ended_loads:
             self.free_pins(request_id)
@@ -264,21 +347,24 @@ class SchedulerHalf:
     def finished(self, request_id: str) -> None:
         """Forget a request.
 
-        Raises: LMCacheError after it was forgotten.
+        Raises: LMCacheError after it was forgotten; its pins then last until their time is up.
         """
         tracked = self._tracked.pop(request_id, None)
-        if tracked is not None and tracked.has_pins:
-            self._client.end_session(request_id)
+        if tracked is not None:
+            if tracked.lookup is not None:
+                tracked.lookup.abandon()
+            if tracked.may_hold_pins:
+                self._client.post_end_session(request_id)
 
     def free_pins(self, request_id: str) -> None:
         """Let go of what the request's lookup pinned.
 
-        Raises: LMCacheError; the server then lets go of it by itself.
+        Raises: LMCacheError; it is tried again when the request is finished.
         """
         tracked = self._tracked.get(request_id)
-        if tracked is not None and tracked.has_pins:
-            tracked.has_pins = False
-            self._client.free_lookup_locks(request_id)
+        if tracked is not None and tracked.may_hold_pins:
+            self._client.post_free_lookup_locks(request_id)
+            tracked.may_hold_pins = False
 
     def note_failure(self, exc: Exception) -> None:
         """Log that the cache was of no use for once, at most once per interval and kind."""
@@ -288,6 +374,19 @@ class SchedulerHalf:
     def close(self) -> None:
         """Leave the server."""
         self._client.close()
+
+
+def _reason_against(hellos: Sequence[WorkerHello]) -> str:
+    """Return why these workers cannot share a cache; "" when they can."""
+    for hello in hellos:
+        if hello.refusal or hello.namespace is None:
+            return hello.refusal
+    namespaces = {hello.namespace for hello in hellos}
+    if len(namespaces) != 1:
+        return f"{len(hellos)} workers described {len(namespaces)} different KV caches"
+    if [namespace.world_size for namespace in namespaces if namespace] != [len(hellos)]:
+        return f"{len(hellos)} workers answered, which is not the engine's world size"
+    return ""
 
 
 def _scheduled_requests(output: Any) -> Iterable[tuple[str, list[int], bool, int]]:

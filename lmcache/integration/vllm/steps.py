@@ -33,34 +33,38 @@ class ChunkSpan:
 
 @dataclass(frozen=True)
 class StoreSpan(ChunkSpan):
-    """Chunks to store. `parent` is the key before the first; it is empty at a prompt's start."""
+    """Chunks to store. `parent` is the key before the first; it is empty at a prompt's start.
+
+    Chunks from `num_prompt_chunks` on hold generated tokens.
+    """
 
     namespace_id: int = 0
     parent: bytes = b""
+    num_prompt_chunks: int = 1 << 30
 
 
 @dataclass
 class StepPlan:
     """What the worker does before (loads) and after (stores) the forward pass of one step.
 
-    `known_load_failures`: how many failed loads the scheduler had heard of when it made the plan.
+    `known_load_failures`: how many failed loads of each rank the scheduler had heard of when it made the plan.
     """
 
     loads: list[ChunkSpan] = field(default_factory=list)
     stores: list[StoreSpan] = field(default_factory=list)
-    known_load_failures: int = 0
+    known_load_failures: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """The requests whose loads are over, and how many loads have failed since the start."""
+    """The requests whose loads are over, and how many loads have failed on each rank since the start."""
 
     ended_loads: frozenset[str] = frozenset()
-    load_failures: int = 0
+    load_failures: dict[int, int] = field(default_factory=dict)
 
     def merge(self, other: StepReport) -> StepReport:
         """Return both workers' reports as one."""
-        return StepReport(self.ended_loads | other.ended_loads, max(self.load_failures, other.load_failures))
+        return StepReport(self.ended_loads | other.ended_loads, {**self.load_failures, **other.load_failures})
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ class ConnectorConfig:
     url: str = f"tcp://localhost:{DEFAULT_ZMQ_PORT}"
     timeout_seconds: float = 2.0
     heartbeat_seconds: float = 1.0
+    lookup_timeout_seconds: float = 0.5
+    saves_decode: bool = False
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
@@ -48,6 +50,8 @@ class ConnectorConfig:
             "lmcache.mp.port": _port,
             "lmcache.mp.mq_timeout": _seconds,
             "lmcache.mp.heartbeat_interval": _seconds,
+            "lmcache.mp.lookup_timeout": _seconds,
+            "lmcache.mp.save_decode_cache": _flag,
         }
         for key in extra:
             if key.startswith(PREFIX) and key not in known:
@@ -67,6 +71,10 @@ class ConnectorConfig:
             url=url,
             timeout_seconds=min(values.get("lmcache.mp.mq_timeout", cls.timeout_seconds), MAX_TIMEOUT_SECONDS),
             heartbeat_seconds=values.get("lmcache.mp.heartbeat_interval", cls.heartbeat_seconds),
+            lookup_timeout_seconds=min(
+                values.get("lmcache.mp.lookup_timeout", cls.lookup_timeout_seconds), MAX_TIMEOUT_SECONDS
+            ),
+            saves_decode=values.get("lmcache.mp.save_decode_cache", cls.saves_decode),
         )
 
 
@@ -102,6 +110,12 @@ def _seconds(key: str, value: object) -> float:
     if isinstance(value, bool) or not 0 < seconds < float("inf"):
         raise _refuse(key, value, "a number of seconds above 0")
     return seconds
+
+
+def _flag(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _refuse(key, value, "true or false")
+    return value
 
 
 def mla_enabled(model_config: Any) -> bool:

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from lmcache.client.kvcache import KVCacheClient
+from lmcache.client.kvcache import KVCacheClient, failure_reason
 from lmcache.errors import LayoutMismatchError, LMCacheError, UsageError
 from lmcache.integration.vllm.steps import (
     ChunkSpan,
@@ -28,7 +28,7 @@ from lmcache.integration.vllm.utils import engine_namespace
 from lmcache.keys import Namespace
 from lmcache.layout import KVLayout
 from lmcache.log import RateLimitedLog, init_logger
-from lmcache.protocol import StoreOutcome
+from lmcache.protocol import FailureReason, StoreOutcome
 from lmcache.transfer.base import ChunkCopier
 
 logger = init_logger(__name__)
@@ -51,6 +51,7 @@ class WorkerHalf:
         self._failed_blocks: set[int] = set()
         self._ended_loads: set[str] = set()
         self._load_failures = 0
+        self._rank = 0
         self._log = RateLimitedLog(logger)
         self.hello = WorkerHello(refusal="no KV caches were registered")
 
@@ -64,7 +65,7 @@ class WorkerHalf:
         except Exception as exc:  # an engine that we do not understand serves on without us
             self._refuse(exc)
         else:
-            self.start(copier, namespace)
+            self.start(copier, namespace, vllm_config.parallel_config.rank)
 
     def _refuse(self, exc: Exception) -> None:
         if isinstance(exc, LMCacheError):
@@ -74,12 +75,13 @@ class WorkerHalf:
         self.hello = WorkerHello(refusal=reason)
         logger.error("serving without the KV cache: %s", reason, exc_info=unforeseen)
 
-    def start(self, copier: ChunkCopier, namespace: Namespace) -> None:
+    def start(self, copier: ChunkCopier, namespace: Namespace, rank: int = 0) -> None:
         """Begin to work; the server is told now, or as soon as it is there."""
         self._copier = copier
+        self._rank = rank
         self.hello = WorkerHello(namespace, copier.layout)
         try:
-            reply = self._client.register(namespace, copier.layout)
+            reply = self._client.register(namespace, copier.layout, rank, namespace.world_size)
             logger.info(
                 "KV cache server found: %.1f KiB a token, L1 holds %d tokens",
                 reply.bytes_per_token / 1024,
@@ -93,17 +95,24 @@ class WorkerHalf:
     def load(self, plan: StepPlan) -> None:
         """Fill the blocks of the plan's loads; those that could not be filled are remembered."""
         for span in plan.loads:
-            num_filled = self._load(span)
-            if num_filled < len(span.block_ids):
-                self._load_failures += 1
-                self._failed_blocks.update(span.block_ids[num_filled:])
-            self._ended_loads.add(span.request_id)
+            self.load_span(span)
 
-    def _load(self, span: ChunkSpan) -> int:
-        """Return how many of the span's blocks, counted from its start, hold what they should."""
+    def load_span(self, span: ChunkSpan) -> bool:
+        """Fill the blocks of one load; tell whether all of them hold what they should."""
+        num_filled, reason = self._load(span)
+        num_failed = len(span.block_ids) - num_filled
+        if num_failed:
+            self._load_failures += 1
+            self._failed_blocks.update(span.block_ids[num_filled:])
+            self._client.tally.add(failed_blocks={reason: num_failed})
+        self._ended_loads.add(span.request_id)
+        return not num_failed
+
+    def _load(self, span: ChunkSpan) -> tuple[int, FailureReason]:
+        """Return how many of the span's blocks, counted from its start, hold what they should, and why not the others."""
         try:
             copier = self._ready_copier()
-            with self._client.pin(span.keys, span.request_id) as pinned:
+            with self._client.pin(span.keys, span.request_id, self._rank) as pinned:
                 _check_lengths(pinned.extents, span.blocks_per_chunk * copier.layout.bytes_per_block)
                 available = len(pinned.extents) * span.blocks_per_chunk - span.skip_blocks
                 block_ids = span.block_ids[: max(0, available)]
@@ -111,23 +120,26 @@ class WorkerHalf:
                 pinned.verify()
         except Exception as exc:  # whatever it is, vLLM must hear which blocks are not filled
             self._note_failure("load", exc)
-            return 0
+            return 0, failure_reason(exc)
         if len(block_ids) < len(span.block_ids):
             self._log.warning(
                 "missing",
                 f"{len(pinned.placements)} of {span.num_chunks} chunks were still there to load; vLLM computes the rest",
             )
-        return len(block_ids)
+        return len(block_ids), FailureReason.MISSING
 
     def store(self, plan: StepPlan) -> None:
         """Store the plan's chunks, unless one of them may come from a load that failed."""
-        if plan.known_load_failures != self._load_failures:
-            return
-        for span in plan.stores:
-            try:
-                self._store(span)
-            except Exception as exc:  # a store that fails is a chunk that is not there next time
-                self._note_failure("store", exc)
+        if plan.known_load_failures.get(self._rank, 0) == self._load_failures:
+            for span in plan.stores:
+                self.store_span(span)
+
+    def store_span(self, span: StoreSpan) -> None:
+        """Store one request's chunks."""
+        try:
+            self._store(span)
+        except Exception as exc:  # a store that fails is a chunk that is not there next time
+            self._note_failure("store", exc)
 
     def _store(self, span: StoreSpan) -> None:
         copier = self._ready_copier()
@@ -136,13 +148,15 @@ class WorkerHalf:
             span.keys,
             size * copier.layout.bytes_per_block,
             span.namespace_id,
-            parent=span.parent,
+            self._rank,
+            span.parent,
         ) as reservation:
             block_ids = [
                 block for index in reservation.reserved_indices() for block in span.block_ids[index * size : (index + 1) * size]
             ]
             copier.gather(block_ids, reservation.extents)
             reservation.commit()
+            self._client.tally.add(decode_chunks=_num_stored_from(reservation.outcomes, span.num_prompt_chunks))
             if StoreOutcome.FULL in reservation.outcomes:
                 self._log.warning("full", "L1 is full of what is in use: a chunk was not stored")
 
@@ -170,7 +184,7 @@ class WorkerHalf:
         if not self._ended_loads:
             return None
         ended, self._ended_loads = frozenset(self._ended_loads), set()
-        return StepReport(ended, self._load_failures)
+        return StepReport(ended, {self._rank: self._load_failures})
 
     def close(self) -> None:
         """Leave the server."""
@@ -186,10 +200,10 @@ def read_layout(kv_caches: dict[str, Any], vllm_config: Any, kv_cache_config: An
     from lmcache.transfer.cpu import block_plane
 
     parallel = vllm_config.parallel_config
-    if parallel.world_size != 1:
+    if parallel.world_size != parallel.tensor_parallel_size or parallel.decode_context_parallel_size != 1:
         raise UsageError(
-            f"an engine of {parallel.world_size} ranks cannot be cached by this version",
-            hint="use tensor and pipeline parallel size 1",
+            f"an engine of {parallel.world_size} ranks that are not all tensor parallel cannot be cached by this version",
+            hint="use pipeline and context parallel size 1",
         )
     spec, layer_names = _only_group(kv_cache_config)
     tensors = _distinct_tensors([kv_caches[name] for name in layer_names if name in kv_caches])
@@ -246,6 +260,10 @@ def _order(tensors: Sequence[Any], layer_names: Sequence[str], vllm_config: Any)
     inner = [*zip(first.shape[1:], first.stride()[1:], strict=True)]
     names = hashlib.sha256("\0".join(layer_names).encode()).hexdigest()[:16]
     return f"{first.device.type} {backend.get_name() if backend else '?'} vllm {vllm_version} block axes {inner} layers {names}"
+
+
+def _num_stored_from(outcomes: Sequence[StoreOutcome], first: int) -> int:
+    return list(outcomes[first:]).count(StoreOutcome.RESERVED)
 
 
 def _check_lengths(extents: Sequence[memoryview], expected: int) -> None:
