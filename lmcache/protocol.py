@@ -200,6 +200,22 @@ class RegisterKVCache(Request[RegisterReply], tag="REGISTER_KV_CACHE"):
     layout: KVLayout
     rank: Rank = 0
     world_size: WorldSize = 1
+    processes: Annotated[list[Name], Meta(max_length=4)] = []
+    """The rank's own process and its parent: by one of them its engine's scheduler finds it (FIND_WORKERS)."""
+
+
+class WorkersReply(Reply):
+    """One entry a registered rank, in the order of the ranks. Empty while none is known."""
+
+    registrations: list[RegisterKVCache] = []
+
+
+class FindWorkers(Request[WorkersReply], tag="FIND_WORKERS"):
+    """Which ranks did this process, or its children, register? A scheduler that its workers cannot tell asks so."""
+
+    reply_type = WorkersReply
+    client: ClientId
+    process: Annotated[str, Meta(min_length=1, max_length=512)]
 
 
 class UnregisterKVCache(Request[Reply], tag="UNREGISTER_KV_CACHE"):
@@ -427,6 +443,7 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         Goodbye,
         RegisterKVCache,
         UnregisterKVCache,
+        FindWorkers,
         Report,
         Lookup,
         FreeLookupLocks,

@@ -44,6 +44,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "GOODBYE": {"client": CLIENT},
     "REGISTER_KV_CACHE": {"client": CLIENT, "namespace": NAMESPACE, "layout": LAYOUT},
     "UNREGISTER_KV_CACHE": {"client": CLIENT},
+    "FIND_WORKERS": {"client": CLIENT, "process": "p"},
     "REPORT": {"client": CLIENT},
     "LOOKUP": {},
     "FREE_LOOKUP_LOCKS": {"client": CLIENT, "request_id": "r"},
@@ -62,7 +63,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
 OPTIONAL: dict[str, dict[str, Any]] = {
     "NOOP": {"client": CLIENT},
     "HELLO": {"pid": 7, "features": 5},
-    "REGISTER_KV_CACHE": {"rank": 3, "world_size": 4},
+    "REGISTER_KV_CACHE": {"rank": 3, "world_size": 4, "processes": ["p", "q"]},
     "REPORT": {"failed_blocks": {"stale": 3}, "failed_lookups": {"deadline": 1}, "decode_chunks": 2},
     "LOOKUP": {"client": CLIENT, "request_id": "r", "world_size": 4},
     "FREE_LOOKUP_LOCKS": {"start": 1, "end": 2},
@@ -120,6 +121,8 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "failed_blocks": [{"bad luck": 1}, {"stale": -1}, {1: 1}, {"stale": "1"}],
     "failed_lookups": [{"bad luck": 1}, {"deadline": 2**63}],
     "decode_chunks": [-1, 2**63],
+    "process": ["", "x" * 513],
+    "processes": [["x" * 513], ["p"] * 5, [1]],
 }
 WRONG_TYPES = [1.5, "text", b"\xff", True, [1], {"a": 1}, None]
 NULL_ALLOWED = {("NOOP", "client"), ("LOOKUP", "client"), ("END_SESSION", "client")} | {

@@ -41,6 +41,7 @@ from lmcache.protocol import (
     Commit,
     EndSession,
     FailureReason,
+    FindWorkers,
     FreeLookupLocks,
     Get,
     Goodbye,
@@ -378,6 +379,7 @@ class KVCacheClient:
         heartbeat: keep the lease alive and notice a restart from a background thread. While the server is away, calls then
             fail at once instead of waiting for their deadline.
         heartbeat_seconds: the longest pause between two heartbeats.
+        on_beat: called after each heartbeat, in its thread.
     """
 
     def __init__(
@@ -389,6 +391,7 @@ class KVCacheClient:
         inline: bool = False,
         heartbeat: bool = False,
         heartbeat_seconds: float = MAX_HEARTBEAT_SECONDS,
+        on_beat: Callable[[KVCacheClient], None] = lambda client: None,
     ) -> None:
         self.mq = MessageQueueClient(url, timeout_seconds, self._on_late_reply)
         self._kind = kind
@@ -402,6 +405,7 @@ class KVCacheClient:
         self._log = RateLimitedLog(logger)
         self._stop = threading.Event()
         self._heartbeat_seconds = heartbeat_seconds
+        self._on_beat = on_beat
         self._heartbeat: threading.Thread | None = None
         if heartbeat:
             self._heartbeat = threading.Thread(target=self._beat, name="lmcache-heartbeat", daemon=True)
@@ -575,6 +579,7 @@ class KVCacheClient:
         self._down_reason = ""
         attachment = self.attach()
         self._report(attachment)
+        self._on_beat(self)
         return min(attachment.lease_seconds / 3, self._heartbeat_seconds)
 
     def _report(self, attachment: Attachment) -> None:
@@ -627,8 +632,10 @@ class KVCacheClient:
 
     # -- engine's registration ----------------------------------------------------------------------------------------
 
-    def register(self, namespace: Namespace, layout: KVLayout, rank: int = 0, world_size: int = 1) -> RegisterReply:
-        """Tell the server what this rank's KV looks like.
+    def register(
+        self, namespace: Namespace, layout: KVLayout, rank: int = 0, world_size: int = 1, processes: Sequence[str] = ()
+    ) -> RegisterReply:
+        """Tell the server what this rank's KV looks like, and by which processes `find_workers` finds it.
 
         The namespace's chunk size is replaced by the server's. After an error too, the next life of
         the server is told by itself: it may accept, or be there.
@@ -643,10 +650,18 @@ class KVCacheClient:
                 layout=layout,
                 rank=rank,
                 world_size=world_size,
+                processes=list(processes),
             )
 
         self._registration = request
         return self._call(request)
+
+    def find_workers(self, process: str) -> list[RegisterKVCache]:
+        """Return what the ranks of an engine registered whose workers are `process` or its children.
+
+        Raises: UnreachableError, RemoteError.
+        """
+        return self._call(lambda a: FindWorkers(client=a.client_id, process=process)).registrations
 
     # -- lookup -------------------------------------------------------------------------------------------------------
 
@@ -667,12 +682,12 @@ class KVCacheClient:
         request = Lookup(client=attachment.client_id, request_id=request_id, world_size=world_size)
         return PendingLookup(self, self.mq.submit(request, [keys], timeout_seconds))
 
-    def post_free_lookup_locks(self, request_id: str) -> None:
-        """Unpin what the request's lookup found, without waiting for the reply.
+    def post_free_lookup_locks(self, request_id: str, end: int = MAX_CHUNKS) -> None:
+        """Unpin the first `end` chunks of what the request's lookup found, without waiting for the reply.
 
         Raises: UnreachableError at once when there is no connection now.
         """
-        self.mq.post(FreeLookupLocks(client=self.present().client_id, request_id=request_id))
+        self.mq.post(FreeLookupLocks(client=self.present().client_id, request_id=request_id, end=end))
 
     def post_end_session(self, request_id: str) -> None:
         """Release every pin that this client holds for the request, without waiting for the reply.

@@ -33,6 +33,7 @@ from lmcache.protocol import (
     EndSession,
     ErrorInfo,
     Evict,
+    FindWorkers,
     FreeLookupLocks,
     Get,
     GetChunkSize,
@@ -64,6 +65,7 @@ from lmcache.protocol import (
     StoreOutcome,
     StoreReply,
     UnregisterKVCache,
+    WorkersReply,
     count_keys,
     decode_request,
 )
@@ -179,6 +181,7 @@ class CacheService:
             Goodbye: self._goodbye,
             RegisterKVCache: self._register,
             UnregisterKVCache: self._unregister,
+            FindWorkers: self._find_workers,
             Report: self._report,
             Lookup: self._lookup,
             FreeLookupLocks: self._free_lookup_locks,
@@ -367,6 +370,12 @@ class CacheService:
     def _unregister(self, request: UnregisterKVCache, payload: Payload) -> Answer:
         self._client(request.client).registration = None
         return Answer(Reply())
+
+    def _find_workers(self, request: FindWorkers, payload: Payload) -> Answer:
+        self._client(request.client)
+        registrations = [client.registration for client in self.sessions.clients.values() if client.registration is not None]
+        found = [known for known in registrations if request.process in known.processes]
+        return Answer(WorkersReply(registrations=sorted(found, key=lambda known: known.rank)))
 
     def _report(self, request: Report, payload: Payload) -> Answer:
         self._client(request.client)

@@ -7,11 +7,8 @@ import sys
 
 import pytest
 
-from lmcache.errors import UsageError
 from lmcache.integration.vllm.utils import mla_enabled
 from lmcache.integration.vllm.vllm_multi_process_adapter import (
-    LMCacheMPSchedulerAdapter,
-    LMCacheMPWorkerAdapter,
     LoadStoreOp,
     ParallelStrategy,
 )
@@ -46,12 +43,6 @@ def test_mla_is_what_the_model_says(use_mla):
     assert not mla_enabled(ModelConfig())
     ModelConfig.use_mla = use_mla
     assert mla_enabled(ModelConfig()) is use_mla
-
-
-@pytest.mark.parametrize("adapter", [LMCacheMPSchedulerAdapter, LMCacheMPWorkerAdapter])
-def test_the_built_in_class_is_refused_in_one_sentence(adapter):
-    with pytest.raises(UsageError, match="unset LMCACHE_USE_UPSTREAM_MP"):
-        adapter(server_url="tcp://127.0.0.1:5555", context=None, model_name="m")
 
 
 def test_what_vllm_imports_at_its_own_import_is_light():

@@ -37,6 +37,7 @@ from lmcache.integration.vllm.utils import is_cacheable, request_namespace
 from lmcache.keys import KEY_BYTES, ChunkHasher, Namespace
 from lmcache.layout import KVLayout
 from lmcache.log import RateLimitedLog, init_logger
+from lmcache.protocol import MAX_CHUNKS
 
 logger = init_logger(__name__)
 
@@ -255,9 +256,13 @@ class SchedulerHalf:
             skip_blocks=(start - first_chunk * chunk_size) // block_size,
         )
 
+    def begin_step(self) -> None:
+        """A step is over, or about to begin: there is time to linger again."""
+        self._linger_seconds = LINGER_SECONDS
+
     def plan_loads(self) -> StepPlan:
         """Return the plan of a step, with the loads of the requests that it admits."""
-        self._linger_seconds = LINGER_SECONDS
+        self.begin_step()
         loads, self._loads = self._loads, []
         for load in loads:
             self._tainted.difference_update(load.block_ids)
@@ -356,15 +361,16 @@ class SchedulerHalf:
             if tracked.may_hold_pins:
                 self._client.post_end_session(request_id)
 
-    def free_pins(self, request_id: str) -> None:
-        """Let go of what the request's lookup pinned.
+    def free_pins(self, request_id: str, end_tokens: int = UNKNOWN) -> None:
+        """Let go of what the request's lookup pinned, up to a token.
 
         Raises: LMCacheError; it is tried again when the request is finished.
         """
         tracked = self._tracked.get(request_id)
         if tracked is not None and tracked.may_hold_pins:
-            self._client.post_free_lookup_locks(request_id)
-            tracked.may_hold_pins = False
+            end = min(end_tokens // tracked.namespace.chunk_size, MAX_CHUNKS)
+            self._client.post_free_lookup_locks(request_id, end)
+            tracked.may_hold_pins = end < MAX_CHUNKS
 
     def note_failure(self, exc: Exception) -> None:
         """Log that the cache was of no use for once, at most once per interval and kind."""

@@ -173,6 +173,18 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def process_token(pid: int) -> str:
+    """Return a name of a process that no other has, on this host or another, now or later; "" when it is gone."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        pid_space = os.readlink("/proc/self/ns/pid")
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    started_at = after_name[19]  # field 22 of proc_pid_stat(5), in clock ticks after boot
+    return f"{boot} {pid_space} {pid} {started_at}"
+
+
 def request_namespace(engine: Namespace, request: Any) -> Namespace:
     """Return the engine's namespace narrowed to one request's adapter, media and tenant."""
     lora = request.lora_request

@@ -12,7 +12,9 @@ scheduler has heard of it, because what is computed from such blocks is worthles
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lmcache.client.kvcache import KVCacheClient, failure_reason
@@ -24,7 +26,7 @@ from lmcache.integration.vllm.steps import (
     StoreSpan,
     WorkerHello,
 )
-from lmcache.integration.vllm.utils import engine_namespace
+from lmcache.integration.vllm.utils import engine_namespace, process_token
 from lmcache.keys import Namespace
 from lmcache.layout import KVLayout
 from lmcache.log import RateLimitedLog, init_logger
@@ -55,19 +57,25 @@ class WorkerHalf:
         self._log = RateLimitedLog(logger)
         self.hello = WorkerHello(refusal="no KV caches were registered")
 
-    def register(self, kv_caches: dict[str, Any], vllm_config: Any, kv_cache_config: Any) -> None:
-        """Take over vLLM's KV tensors, or remember why that cannot be."""
+    def register(self, kv_caches: dict[str, Any], vllm_config: Any, kv_cache_config: Any | None) -> None:
+        """Take over vLLM's KV tensors, or remember why that cannot be.
+
+        Args:
+            kv_cache_config: vLLM's; without it the layers are asked for what they keep.
+        """
         from lmcache.transfer.cpu import CpuCopier
 
         try:
-            layout, planes = read_layout(kv_caches, vllm_config, kv_cache_config)
+            config = kv_cache_config or ask_layers(kv_caches, vllm_config)
+            layout, planes = read_layout(kv_caches, vllm_config, config)
             copier, namespace = CpuCopier(layout, planes), engine_namespace(vllm_config, layout)
         except Exception as exc:  # an engine that we do not understand serves on without us
-            self._refuse(exc)
+            self.refuse(exc)
         else:
             self.start(copier, namespace, vllm_config.parallel_config.rank)
 
-    def _refuse(self, exc: Exception) -> None:
+    def refuse(self, exc: Exception) -> None:
+        """Serve on without the cache, and say why."""
         if isinstance(exc, LMCacheError):
             reason, unforeseen = _with_hint(exc), None
         else:
@@ -81,7 +89,8 @@ class WorkerHalf:
         self._rank = rank
         self.hello = WorkerHello(namespace, copier.layout)
         try:
-            reply = self._client.register(namespace, copier.layout, rank, namespace.world_size)
+            processes = [token for token in map(process_token, (os.getpid(), os.getppid())) if token]
+            reply = self._client.register(namespace, copier.layout, rank, namespace.world_size, processes)
             logger.info(
                 "KV cache server found: %.1f KiB a token, L1 holds %d tokens",
                 reply.bytes_per_token / 1024,
@@ -189,6 +198,40 @@ class WorkerHalf:
     def close(self) -> None:
         """Leave the server."""
         self._client.close()
+
+
+@dataclass
+class LayerGroup:
+    """Layers of one kind, as vLLM's `kv_cache_config` lists them."""
+
+    kv_cache_spec: Any
+    layer_names: list[str]
+    is_eagle_group: bool = False
+
+
+@dataclass
+class LayerGroups:
+    """As much of vLLM's `kv_cache_config` as a layout is read from."""
+
+    kv_cache_groups: list[LayerGroup]
+    num_blocks: int
+
+
+def ask_layers(kv_caches: Mapping[str, Any], vllm_config: Any) -> LayerGroups:
+    """Return what the layers say that they keep. Draft layers look like the others: their engines are to be refused before."""
+    layers = vllm_config.compilation_config.static_forward_context
+    groups: list[LayerGroup] = []
+    for name in kv_caches:
+        spec = layers[name].get_kv_cache_spec(vllm_config)
+        group = next((group for group in groups if group.kv_cache_spec == spec), None)
+        if group is None:
+            groups.append(LayerGroup(spec, [name]))
+        else:
+            group.layer_names.append(name)
+    if not groups:
+        raise LayoutMismatchError("vLLM registered no KV tensors", hint=REFUSAL_HINT)
+    first = kv_caches[groups[0].layer_names[0]]
+    return LayerGroups(groups, first.nbytes // groups[0].kv_cache_spec.unpadded_page_size_bytes)
 
 
 def read_layout(kv_caches: dict[str, Any], vllm_config: Any, kv_cache_config: Any) -> tuple[KVLayout, list[Any]]:
