@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lmcache.metrics import SPECS, Kind, label_combinations
+from lmcache.metrics import FAILURE_REASONS, SPECS, Kind, label_combinations
 from lmcache.pool import PAGE_BYTES
 from lmcache.protocol import (
     Abort,
@@ -24,6 +24,7 @@ from lmcache.protocol import (
     Noop,
     Put,
     Release,
+    Report,
     Retrieve,
     Store,
 )
@@ -68,6 +69,8 @@ def test_a_workload_with_a_known_answer_is_counted_exactly(tmp_path, monkeypatch
         assert service.call(store, [keys(12)]).outcomes == [3]  # full
         service.call(EndSession(client=engine.id, request_id="hold"))
 
+        report = Report(client=engine.id, failed_blocks={"stale": 3}, failed_lookups={"deadline": 1}, decode_chunks=2)
+        service.call(report)
         service.call(Evict(num_bytes=1))  # 1 by request: chunk 10, whose last hit is the oldest
         service.call(Evict(num_bytes=1, dry_run=True))
         service.send(Noop(), delivered=False)
@@ -95,6 +98,9 @@ def test_a_workload_with_a_known_answer_is_counted_exactly(tmp_path, monkeypatch
             "retrieved_bytes": 4 * PAGE_BYTES + 10,
             "retrieved_tokens": 4 * CHUNK_SIZE,
             "retrieve_missing_chunks": 1 + 1,
+            "retrieve_failed": {**dict.fromkeys(FAILURE_REASONS, 0), "stale": 3},
+            "lookup_failed": {**dict.fromkeys(FAILURE_REASONS, 0), "deadline": 1},
+            "stored_decode_chunks": 2,
             "evicted_chunks": evicted,
             "aborted_reservations": 1,
             "expired_pins": 1,
@@ -110,6 +116,7 @@ def test_a_workload_with_a_known_answer_is_counted_exactly(tmp_path, monkeypatch
         assert status["hit_rate"] == 10 / 15
         calls = {
             ("HELLO", "ok"): 3,
+            ("REPORT", "ok"): 1,
             ("ATTACH", "ok"): 2,
             ("STORE", "ok"): 6,
             ("COMMIT", "ok"): 5,
