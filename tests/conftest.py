@@ -17,6 +17,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=15.0,
         help="how long the tests under tests/fuzz keep going in all (default: %(default)s)",
     )
+    parser.addoption(
+        "--chaos-seconds",
+        type=float,
+        default=30.0,
+        help="how long the chaos with a real vLLM goes on (default: %(default)s)",
+    )
+    parser.addoption(
+        "--chaos-class",
+        choices=["ours", "built-in"],
+        default="ours",
+        help="the connector class that vLLM uses in the chaos (default: %(default)s)",
+    )
     parser.addoption("--fuzz-seed", help="repeat the run that printed this seed (default: a new one)")
 
 

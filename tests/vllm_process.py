@@ -86,6 +86,10 @@ class VllmServer:
         assert self._process is not None
         return self._process.pid
 
+    def members(self) -> list[psutil.Process]:
+        """Its processes that still run."""
+        return _group_members(self.group)
+
     def start(self) -> None:
         """Start the server in a session of its own and return when it is healthy."""
         self._scratch = tempfile.TemporaryDirectory(prefix="vllm-")

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from lmcache.cli.main import add_commands, build_parser
-from tests.server_process import LMCACHE, LmcacheServer, clean_environment
-from tests.vllm_process import MODEL_NAME, VllmServer
+from tests.server_process import LMCACHE, clean_environment
+from tests.vllm_process import MODEL_NAME
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -66,19 +66,9 @@ def run(command):
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_model_dir, tmp_path_factory):
+def bench(tiny_model_dir, tmp_path_factory, engine, cache_server):
     """One vLLM with its own prefix cache, one cache server, and the benchmarks of them."""
-    folder = tmp_path_factory.mktemp("bench")
-    with LmcacheServer(l1_size_gb=0.25) as server:
-        transfer = {
-            "kv_connector": "LMCacheMPConnector",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": server.port},
-        }
-        flags = ["--enable-prefix-caching", "--kv-transfer-config", json.dumps(transfer)]
-        with VllmServer(tiny_model_dir, folder / "vllm.log", flags, env={"VLLM_SERVER_DEV_MODE": "1"}) as vllm:
-            yield Bench(vllm, server, tiny_model_dir, folder)
+    return Bench(engine, cache_server, tiny_model_dir, tmp_path_factory.mktemp("bench"))
 
 
 @pytest.fixture(scope="module")

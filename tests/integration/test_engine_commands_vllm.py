@@ -1,22 +1,15 @@
 """`ping`, `describe` and `query engine` against a real vLLM that uses a real server."""
 
-import json
-import os
-import signal
-import subprocess
-import time
-
 import pytest
 
 from tests.cli.conftest import Cli
-from tests.server_process import LMCACHE, LmcacheServer, clean_environment
+from tests.server_process import LmcacheServer
 from tests.vllm_process import MODEL_NAME, VllmServer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 CHUNK_SIZE = 256
 MAX_CONTEXT = 8192
-SURELY_STARTED_SECONDS = 8.0
 
 
 class Bed:
@@ -33,21 +26,10 @@ class Bed:
 
 
 @pytest.fixture(scope="module")
-def bed(tiny_model_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("engine")
-    corpus = folder / "own.txt"
+def bed(tmp_path_factory, engine, cache_server):
+    corpus = tmp_path_factory.mktemp("engine") / "own.txt"
     corpus.write_text("".join(f"Line {number} of a text of our own says little. " for number in range(150)))
-    with LmcacheServer(l1_size_gb=0.25) as server:
-        extra = {"lmcache.mp.url": server.zmq_url}
-        transfer = {
-            "kv_connector": "LMCacheMPConnector",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": extra,
-        }
-        flags = ["--max-num-batched-tokens", "1792", "--kv-transfer-config", json.dumps(transfer)]
-        with VllmServer(tiny_model_dir, folder / "vllm.log", flags, env={"VLLM_SERVER_DEV_MODE": "1"}) as vllm:
-            yield Bed(vllm, server, str(corpus))
+    return Bed(engine, cache_server, str(corpus))
 
 
 def test_ping_is_ok(bed):
@@ -133,42 +115,3 @@ def test_a_prompt_that_is_too_long_is_the_engines_message(bed):
     error = bed.cli.refused("query", "engine", "--url", bed.vllm.url, "--prompt", "{ffmpeg}{paul_graham}", code=1)
     assert "maximum context length is 8192 tokens" in error
     assert "hint: the model's context is 8192 tokens" in error
-
-
-def start_long_answer(bed, *words):
-    """Return the command, when the engine is at work on its request, or at the latest after SURELY_STARTED_SECONDS.
-
-    After it was frozen the engine may not update its own figures for a while; the answer takes four times as long.
-    """
-    command = [*LMCACHE, "query", "engine", "--url", bed.vllm.url, "--prompt", "go on", "--max-tokens", "8000", "--ignore-eos"]
-    process = subprocess.Popen(
-        [*command, *words], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + SURELY_STARTED_SECONDS
-    while not bed.cli.json("describe", "engine", "--url", bed.vllm.url)["running_requests"] and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-    return process
-
-
-def test_an_engine_that_freezes_within_its_answer_is_exit_code_3(bed):
-    with start_long_answer(bed, "--timeout", "2") as process:
-        os.killpg(bed.vllm.group, signal.SIGSTOP)
-        try:
-            _, error = process.communicate(timeout=60)
-            for command in (["ping"], ["describe"], ["query", "engine", "--prompt", "x"]):
-                words = [command[0], "engine", *command[2:], "--timeout", "0.5", "--url", bed.vllm.url]
-                assert "within 0.5 s" in bed.cli.refused(*words, code=3)
-        finally:
-            os.killpg(bed.vllm.group, signal.SIGCONT)
-    assert process.returncode == 3
-    assert "no token from" in error
-
-
-def test_an_engine_that_dies_within_its_answer_is_exit_code_3(bed):
-    """Last: nothing answers afterwards."""
-    with start_long_answer(bed) as process:
-        bed.vllm.kill()
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 3
-    assert "ended the connection within its answer" in error
-    assert "cannot connect to" in bed.cli.refused("ping", "engine", "--url", bed.vllm.url, code=3)

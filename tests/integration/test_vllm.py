@@ -1,0 +1,310 @@
+"""Real vLLM on the CPU stores to and loads from a real server, through our connector class and through vLLM's own.
+
+Loaded KV must give the answer that the same vLLM gives from its own prefix cache: that is the same split of the same sums.
+Prompts end less than a block (128) after a whole chunk (256), so that both caches hold the same tokens of them.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.chaos.waiting import wait_until
+from tests.cli.conftest import Cli
+from tests.integration.conftest import BUILT_IN, CHUNK_SIZE, STEP_TOKENS, Engine, make_prompt
+from tests.server_process import LMCACHE, clean_environment
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+
+CACHED = 5 * CHUNK_SIZE
+TAIL = 50
+SHARED = 3 * CHUNK_SIZE
+KIB_PER_TOKEN = 4
+CLASSES = ["ours", "built-in"]
+
+
+def prompts_of(name):
+    """Return a prompt and another that begins like it."""
+    prompt = make_prompt(f"prompt {name}", CACHED + TAIL)
+    return prompt, prompt[: SHARED + TAIL] + make_prompt(f"branch {name}", CACHED - SHARED)
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_model_dir, tmp_path_factory, cache_server, engine):
+    """Two engines on one server, one for each class."""
+    log_path = tmp_path_factory.mktemp("vllm") / "built-in.log"
+    with Engine(tiny_model_dir, log_path, cache_server, env=BUILT_IN, failure_policy="fail") as built_in:
+        built_in.wait_for_cache()
+        yield {"ours": engine, "built-in": built_in}
+
+
+@pytest.fixture(scope="module")
+def own(engines):
+    """What each engine says to its prompts over its own prefix cache, under a salt that only these requests use."""
+    answers = {}
+    for name, engine in engines.items():
+        prompt, branch = prompts_of(name)
+        cold = engine.ask(prompt, cache_salt="own")
+        own, counts = engine.ask_counted(prompt, cache_salt="own")
+        assert counts == {"hit": CACHED, "loaded": 0, "stored": 0}
+        own_branch, counts = engine.ask_counted(branch, cache_salt="own")
+        assert counts == {"hit": SHARED, "loaded": 0, "stored": CACHED - SHARED}
+        answers[name] = {"cold": cold, "prompt": own, "branch": own_branch}
+    return answers
+
+
+@pytest.fixture(scope="module")
+def stored(engines, own):
+    """Each engine has computed and stored its prompt, and forgotten it."""
+    for name, engine in engines.items():
+        text, counts = engine.ask_counted(prompts_of(name)[0])
+        assert (text, counts) == (own[name]["cold"], {"hit": 0, "loaded": 0, "stored": CACHED})
+        engine.forget()
+    return own
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("ours", ["Using external LMCacheMPConnector from lmcache.integration.vllm", "with name: LMCacheMPConnector and"]),
+        ("built-in", ["Force use builtin LMCacheMPConnectorUpstream", "with name: LMCacheMPConnectorUpstream and"]),
+    ],
+)
+def test_vllm_resolved_the_class_that_was_asked_for(engines, name, told):
+    log = engines[name].log_text()
+    assert all(line in log for line in told)
+
+
+def test_both_classes_register_the_same_layout(engines, cache_server):
+    (model,) = cache_server.status()["models"]
+    assert model["bytes_per_token"] == KIB_PER_TOKEN * 1024
+    assert model["live"]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_warm_is_what_the_engines_own_cache_gives(engines, stored, name):
+    text, counts = engines[name].ask_counted(prompts_of(name)[0])
+    assert (text, counts) == (stored[name]["prompt"], {"hit": CACHED, "loaded": CACHED, "stored": 0})
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_partial_prefix_is_loaded_and_the_rest_stored(engines, stored, name):
+    engines[name].forget()
+    text, counts = engines[name].ask_counted(prompts_of(name)[1])
+    assert (text, counts) == (stored[name]["branch"], {"hit": SHARED, "loaded": SHARED, "stored": CACHED - SHARED})
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_warm_beside_an_unrelated_prompt(engines, stored, name):
+    """What else is in the batch may change the last bits of the sums, so the engine's own cache is asked in company too."""
+    engine, prompt = engines[name], prompts_of(name)[0]
+    engine.ask(prompt)
+    in_company = ask_in_company(engine, prompt, f"first {name}")
+    engine.forget()
+    before = engine.server.status()["counters"]["retrieved_tokens"]
+    text = ask_in_company(engine, prompt, f"second {name}")
+    assert engine.server.status()["counters"]["retrieved_tokens"] - before == CACHED
+    assert text in {stored[name]["prompt"], in_company}
+
+
+def ask_in_company(engine, prompt, seed):
+    company = make_prompt(f"unrelated {seed}", CACHED + TAIL)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answer, _ = pool.submit(engine.ask, prompt), pool.submit(engine.ask, company)
+        return answer.result()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_warm_from_the_second_engine(engines, stored, name):
+    """Also from one class to the other: they share what they store."""
+    (other,) = [engine for other, engine in engines.items() if other != name]
+    text, counts = other.ask_counted(prompts_of(name)[0])
+    assert (text, counts) == (stored[name]["prompt"], {"hit": CACHED, "loaded": CACHED, "stored": 0})
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_tenants_with_different_salts_never_share(engines, name):
+    prompt = make_prompt(f"salted {name}", 2 * CHUNK_SIZE + TAIL)
+    engine = engines[name]
+    _, counts = engine.ask_counted(prompt, cache_salt="tenant a")
+    assert counts == {"hit": 0, "loaded": 0, "stored": 2 * CHUNK_SIZE}
+    engine.forget()
+    _, counts = engine.ask_counted(prompt, cache_salt="tenant b")
+    assert counts == {"hit": 0, "loaded": 0, "stored": 2 * CHUNK_SIZE}
+    engine.forget()
+    _, counts = engine.ask_counted(prompt)
+    assert counts == {"hit": 0, "loaded": 0, "stored": 2 * CHUNK_SIZE}
+    engine.forget()
+    _, counts = engine.ask_counted(prompt, cache_salt="tenant a")
+    assert counts == {"hit": 2 * CHUNK_SIZE, "loaded": 2 * CHUNK_SIZE, "stored": 0}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_prompt_of_several_steps_is_stored_and_loaded_whole(engines, name):
+    prompt, engine = make_prompt(f"long {name}", STEP_TOKENS + CHUNK_SIZE + TAIL), engines[name]
+    _, counts = engine.ask_counted(prompt)
+    assert counts == {"hit": 0, "loaded": 0, "stored": STEP_TOKENS + CHUNK_SIZE}
+    own = engine.ask(prompt)
+    engine.forget()
+    warm, counts = engine.ask_counted(prompt)
+    assert (warm, counts) == (own, {"hit": STEP_TOKENS + CHUNK_SIZE, "loaded": STEP_TOKENS + CHUNK_SIZE, "stored": 0})
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    ("num_tokens", "stored", "loaded"),
+    [(CHUNK_SIZE - 1, 0, 0), (CHUNK_SIZE, CHUNK_SIZE, 0), (CHUNK_SIZE + 1, CHUNK_SIZE, CHUNK_SIZE)],
+)
+def test_one_token_at_least_is_left_to_compute(engines, name, num_tokens, stored, loaded):
+    prompt, engine = make_prompt(f"{num_tokens} {name}", num_tokens), engines[name]
+    _, counts = engine.ask_counted(prompt, max_tokens=1)
+    assert counts == {"hit": 0, "loaded": 0, "stored": stored}
+    engine.forget()
+    _, counts = engine.ask_counted(prompt, max_tokens=1)
+    assert counts == {"hit": loaded, "loaded": loaded, "stored": 0}
+
+
+def test_generated_tokens_are_not_stored(engines):
+    """vLLM's own class does not say where a prompt ends: the chunk in which a short one does is stored."""
+    for name, stored in (("ours", 0), ("built-in", CHUNK_SIZE)):
+        prompt = make_prompt(f"short {name}", CHUNK_SIZE - 10)
+        _, counts = engines[name].ask_counted(prompt, max_tokens=CHUNK_SIZE + 50)
+        assert counts["stored"] == stored
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_nothing_stays_pinned_and_each_request_is_forgotten(engines, stored, cache_server, name):
+    engines[name].forget()
+    engines[name].ask(prompts_of(name)[0])
+    wait_until(lambda: is_at_rest(cache_server), "no pins, sessions and reservations", 60)
+
+
+def is_at_rest(server):
+    status = server.status()
+    return not (status["l1"]["pins"] or status["sessions"] or status["l1"]["reserved_bytes"])
+
+
+def fail_the_load(engine, server, prompt):
+    """Return vLLM's answer to a prompt that is found, but whose chunks are gone with the server when they are loaded."""
+    engine.forget()
+    worker = engine.pid_of("engine-worker")
+    before = server.status()["counters"]["lookup_chunks"]["hit"]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            answer = pool.submit(engine.send, prompt)
+            wait_until(lambda: server.status()["counters"]["lookup_chunks"]["hit"] > before, "it was looked up", 60)
+            time.sleep(0.5)  # the scheduler reads the answer, or its load fails too late to matter here
+            server.kill()
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        return answer.result()
+
+
+def test_a_load_that_fails_is_computed_under_the_policy_recompute(engines, stored, cache_server):
+    response = fail_the_load(engines["ours"], cache_server, prompts_of("ours")[0])
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["text"] == stored["ours"]["cold"]
+    cache_server.start()
+    for engine in engines.values():
+        engine.wait_for_cache()
+    wait_until(lambda: num_failed_blocks(cache_server) >= CACHED // 128, "the failed load was reported", 60)
+
+
+def num_failed_blocks(server):
+    return sum(server.status()["counters"]["retrieve_failed"].values())
+
+
+def test_the_pool_that_the_server_left_is_warm_for_its_successor(engines, stored):
+    for name, engine in engines.items():
+        engine.forget()
+        text, counts = engine.ask_counted(prompts_of(name)[0])
+        assert (text, counts) == (stored[name]["prompt"], {"hit": CACHED, "loaded": CACHED, "stored": 0})
+
+
+def test_a_load_that_fails_is_an_error_under_the_policy_fail_and_the_engine_lives(engines, stored, cache_server):
+    engine = engines["built-in"]
+    response = fail_the_load(engine, cache_server, prompts_of("built-in")[0])
+    assert response.status_code >= 500, response.text
+    assert engine.ask(prompts_of("built-in")[0]) == stored["built-in"]["cold"]
+    cache_server.start()
+    engine.wait_for_cache()
+
+
+def test_requests_are_answered_while_the_server_is_away(engines, stored, cache_server):
+    cache_server.kill()
+    for name, engine in engines.items():
+        engine.forget()
+        assert [engine.ask(prompts_of(name)[0]) for _ in range(2)] == [stored[name]["cold"], stored[name]["prompt"]]
+    cache_server.start()
+
+
+def test_the_first_request_after_an_engine_restart_is_warm(engines, stored):
+    for name, engine in engines.items():
+        engine.close()
+        engine.start()
+        engine.wait_for_cache()
+        text, counts = engine.ask_counted(prompts_of(name)[0])
+        assert (text, counts) == (stored[name]["prompt"], {"hit": CACHED, "loaded": CACHED, "stored": 0})
+
+
+@pytest.fixture
+def asked(engines):
+    """Return a way to start `query engine` with an answer that takes long, under way when it returns; and its engine."""
+    engine = engines["built-in"]
+    with contextlib.ExitStack() as stack:
+
+        def start(*words):
+            before = engine.metric("vllm:generation_tokens_total")
+            command = [
+                *LMCACHE,
+                "query",
+                "engine",
+                "--url",
+                engine.url,
+                "--prompt",
+                "go on",
+                "--max-tokens",
+                "8000",
+                "--ignore-eos",
+            ]
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [*command, *words], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                )
+            )
+            stack.callback(process.kill)
+            wait_until(lambda: engine.metric("vllm:generation_tokens_total") > before, "the engine answers", 120)
+            return process
+
+        yield engine, start
+
+
+def test_an_engine_that_freezes_within_its_answer_is_exit_code_3(asked):
+    engine, start = asked
+    process = start("--timeout", "2")
+    os.killpg(engine.group, signal.SIGSTOP)
+    try:
+        _, error = process.communicate(timeout=60)
+        for command in (["ping"], ["describe"], ["query", "engine", "--prompt", "x"]):
+            words = [command[0], "engine", *command[2:], "--timeout", "0.5", "--url", engine.url]
+            assert "within 0.5 s" in Cli("").refused(*words, code=3)
+    finally:
+        os.killpg(engine.group, signal.SIGCONT)
+    assert process.returncode == 3
+    assert "no token from" in error
+
+
+def test_an_engine_that_dies_within_its_answer_is_exit_code_3(asked):
+    """Last: nothing answers afterwards."""
+    engine, start = asked
+    process = start("--timeout", "60")
+    engine.kill()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "ended the connection within its answer" in error
+    assert "cannot connect to" in Cli("").refused("ping", "engine", "--url", engine.url, code=3)
