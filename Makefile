@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test check fuzz setup setup-vllm clean
+.PHONY: demo test check fuzz chaos setup setup-vllm clean
 
 demo: .venv/.stamp-demo
 	$(PY) scripts/demo.py
@@ -19,6 +19,10 @@ check: setup
 
 fuzz: setup
 	$(PY) -m pytest -q -s tests/fuzz --fuzz-seconds 600 --timeout 1500
+
+chaos: setup-vllm
+	$(PY) -m pytest -q -s tests/integration/test_vllm_chaos.py --chaos-seconds 600
+	$(PY) -m pytest -q -s tests/integration/test_vllm_chaos.py --chaos-seconds 600 --chaos-own-cache
 
 setup: .venv/.stamp-dev
 

@@ -3,9 +3,9 @@
 Whatever happens, an answer is the right one, none is an HTTP 5xx, and in the end nothing is held. `make chaos` goes on for ten
 minutes; `--chaos-class built-in` takes vLLM's own connector class.
 
-What is right: rounding depends on how vLLM cuts a prompt into steps and on what else is in a batch, so each prompt is asked
-several times without any cached KV and in company, and only prompts whose answer is always the same are used. That a wrong
-byte changes the answers is proved first, by writing into the pool.
+What is right: rounding depends on how vLLM cuts a prompt into steps and on what else is in a batch, and may decide between two
+tokens that are about as likely. So an answer is compared up to the first token that rounding could decide. That a wrong byte
+changes the answers is proved first, by writing into the pool.
 """
 
 import collections
@@ -21,35 +21,33 @@ import pytest
 
 from lmcache.pool import PoolView
 from tests.chaos.waiting import wait_until
-from tests.integration.conftest import BUILT_IN, CHUNK_SIZE, Engine, make_prompt
+from tests.integration.conftest import BUILT_IN, Engine, make_prompt
 from tests.server_process import LmcacheServer
 from tests.vllm_process import MODEL_NAME
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
-L1_GIB = 0.03125  # 32 chunks of 1 MiB
-MAX_CHUNKS = 5
-NUM_STEMS = 6
+CHUNK_SIZE = 128  # one block of vLLM's
+MAX_CHUNKS = 4
+NUM_STEMS = 5
 NUM_CLIENTS = 8
 OUTPUT_TOKENS = 10
-NUM_REFERENCES = 4
-# 48 blocks of 128 tokens hold the longest prompt four times; a step computes two chunks of it.
-VLLM_FLAGS = [
-    "--max-model-len",
-    "2048",
-    "--num-gpu-blocks-override",
-    "48",
-    "--max-num-seqs",
-    "6",
-    "--max-num-batched-tokens",
-    "512",
-]
+ASK = {"max_tokens": OUTPUT_TOKENS, "return_token_ids": True}
+NUM_REFERENCES = 2
+# Between the two most likely tokens, in nats. Rounding in bf16 moves a logit by 0.03 here.
+SAFE_MARGIN = 0.1
+# 12 chunks of 512 KiB: not all that the stems have.
+L1_GIB = 6 / 1024
+SERVER_FLAGS = ["--chunk-size", str(CHUNK_SIZE)]
+# 24 blocks hold the longest prompt four times; a step computes two chunks of it.
+VLLM_FLAGS = ["--max-model-len", "1024", "--num-gpu-blocks-override", "24", "--max-num-seqs", "6"]
+VLLM_FLAGS += ["--max-num-batched-tokens", "256"]
 FAULTS = ("kill", "kill and leave the pool", "freeze", "clear", "forget")
 
 
 @pytest.fixture(scope="module")
 def server():
-    with LmcacheServer(l1_size_gb=L1_GIB) as server:
+    with LmcacheServer(SERVER_FLAGS, l1_size_gb=L1_GIB) as server:
         yield server
 
 
@@ -57,7 +55,7 @@ def server():
 def named(server):
     """The same server with a pool that outlives it: only one of the two runs at a time."""
     name = f"lmcache-chaos-{random.SystemRandom().randrange(1 << 40):010x}"
-    flags = ["--port", str(server.port), "--http-port", str(server.http_port), "--pool-name", name]
+    flags = [*SERVER_FLAGS, "--port", str(server.port), "--http-port", str(server.http_port), "--pool-name", name]
     other = LmcacheServer(flags, l1_size_gb=L1_GIB, leaves_pool=True)
     other.port, other.zmq_url, other.http_port, other.http_url = server.port, server.zmq_url, server.http_port, server.http_url
     yield other
@@ -67,8 +65,9 @@ def named(server):
 @pytest.fixture(scope="module")
 def engine(tiny_model_dir, tmp_path_factory, server, pytestconfig):
     env = BUILT_IN if pytestconfig.getoption("--chaos-class") == "built-in" else {}
+    own_cache = "--enable-prefix-caching" if pytestconfig.getoption("--chaos-own-cache") else "--no-enable-prefix-caching"
     log_path = tmp_path_factory.mktemp("vllm") / "chaos.log"
-    with Engine(tiny_model_dir, log_path, server, env=env, flags=VLLM_FLAGS) as engine:
+    with Engine(tiny_model_dir, log_path, server, env=env, flags=[*VLLM_FLAGS, own_cache]) as engine:
         engine.wait_for_cache()
         yield engine
 
@@ -87,41 +86,72 @@ def make_prompts(seed):
 
 @pytest.fixture(scope="module")
 def references(engine):
-    """The answer to each prompt, where it does not depend on rounding."""
+    """The leading tokens of the answer to each prompt, as far as rounding cannot change them."""
     seed = time.time_ns()
-    answers = collections.defaultdict(set)
-    work = [(number, turn) for turn in range(NUM_REFERENCES) for number in range(NUM_STEMS * MAX_CHUNKS)]
-    random.Random(seed).shuffle(work)
     prompts = make_prompts(seed)
+    answers = collections.defaultdict(list)
+    work = [(number, turn) for turn in range(NUM_REFERENCES) for number in range(len(prompts))]
+    random.Random(seed).shuffle(work)
 
     def ask(item):
         number, turn = item
-        answers[number].add(engine.ask(prompts[number], max_tokens=OUTPUT_TOKENS, cache_salt=f"reference {turn}"))
+        response = engine.send(prompts[number], **ASK, logprobs=2, cache_salt=f"reference {turn}")
+        assert response.status_code == 200, response.text
+        answers[number].append(safe_tokens(response.json()["choices"][0]))
 
-    # A salt for each turn: nothing that another turn has computed is used, but stems are shared within one.
     with concurrent.futures.ThreadPoolExecutor(NUM_CLIENTS) as pool:
         list(pool.map(ask, work))
-    stable = {tuple(prompts[number]): texts.pop() for number, texts in answers.items() if len(texts) == 1}
-    assert len(stable) >= len(prompts) // 2, f"only {len(stable)} of {len(prompts)} prompts have one answer"
-    return stable
+    safe = {tuple(prompts[number]): min(found, key=len) for number, found in answers.items()}
+    assert all(
+        found[: len(safe[tuple(prompts[number])])] == safe[tuple(prompts[number])]
+        for number, all_ in answers.items()
+        for found in all_
+    )
+    usable = {prompt: tokens for prompt, tokens in safe.items() if tokens}
+    assert len(usable) >= len(prompts) // 5, f"only {len(usable)} of {len(prompts)} prompts have a first token that is sure"
+    return usable
+
+
+def safe_tokens(choice):
+    """Return the leading tokens that are clearly the most likely ones."""
+    tokens = []
+    for token, likely in zip(choice["token_ids"], choice["logprobs"]["top_logprobs"], strict=True):
+        first, second = sorted(likely.values(), reverse=True)[:2]
+        if first - second < SAFE_MARGIN:
+            break
+        tokens.append(token)
+    return tokens
+
+
+def answer(engine, prompt):
+    response = engine.send(list(prompt), **ASK)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["token_ids"]
 
 
 def test_a_wrong_byte_is_noticed(engine, server, references):
     """Otherwise what follows would prove nothing."""
-    prompt, right = max(references.items(), key=lambda item: len(item[0]))
-    engine.ask(list(prompt), max_tokens=OUTPUT_TOKENS)
+    prompts = sorted(references, key=len)[-4:]
+    for prompt in prompts:
+        answer(engine, prompt)
     engine.forget()
     view = PoolView(Path(server.pool_path))
     data = view.extent(0, view.header.capacity_bytes)
-    data[:] = random.Random(0).randbytes(len(data))
+    # Finite in bf16: a NaN would stay in vLLM's blocks and spoil whoever gets them next, masked or not.
+    data[:] = b"\x3f" * len(data)
     data.release()
     view.close()
-    text, counts = engine.ask_counted(list(prompt), max_tokens=OUTPUT_TOKENS)
-    assert counts["loaded"] > 0
-    assert text != right
+    before = server.status()["counters"]["retrieved_tokens"]
+    wrong = [prompt for prompt in prompts if not begins_with(answer(engine, prompt), references[prompt])]
+    assert server.status()["counters"]["retrieved_tokens"] > before
+    assert wrong
     assert httpx.post(f"{server.http_url}/api/clear", timeout=60).is_success
     engine.forget()
-    assert engine.ask(list(prompt), max_tokens=OUTPUT_TOKENS) == right
+    assert all(begins_with(answer(engine, prompt), references[prompt]) for prompt in prompts)
+
+
+def begins_with(tokens, expected):
+    return tokens[: len(expected)] == expected
 
 
 class Chaos:
@@ -186,7 +216,7 @@ class Chaos:
             abort_after = generator.choice([None, None, generator.uniform(0.0, 1.5)])
             started_at = time.monotonic()
             try:
-                status, text = self._ask(prompt, abort_after)
+                status, tokens = self._ask(prompt, abort_after)
             except Exception as exc:
                 with self._lock:
                     self.errors.append(repr(exc))
@@ -196,38 +226,31 @@ class Chaos:
                 self.longest_seconds = max(self.longest_seconds, time.monotonic() - started_at)
                 if status >= 400:
                     self.bad_statuses.append(status)
-                elif text is None:
+                elif tokens is None:
                     self.counts["aborts"] += 1
-                elif text != right:
-                    self.wrong.append((len(prompt), right, text))
+                elif not begins_with(tokens, right):
+                    self.wrong.append((len(prompt), right, tokens, abort_after))
 
     def _ask(self, prompt, abort_after):
-        """Return the status and the text; None when the request was aborted before it had all come."""
-        body = {
-            "model": MODEL_NAME,
-            "prompt": list(prompt),
-            "max_tokens": OUTPUT_TOKENS,
-            "temperature": 0.0,
-            "ignore_eos": True,
-        }
+        """Return the status and the tokens; None when the request was aborted before they had all come."""
         if abort_after is None:
-            response = httpx.post(f"{self.engine.url}/v1/completions", json=body, timeout=300)
-            return response.status_code, response.json()["choices"][0]["text"] if response.is_success else ""
+            response = self.engine.send(list(prompt), **ASK)
+            return response.status_code, response.json()["choices"][0]["token_ids"] if response.is_success else []
         deadline = time.monotonic() + abort_after
+        body = {"model": MODEL_NAME, "prompt": list(prompt), "temperature": 0.0, "ignore_eos": True, "stream": True, **ASK}
+        tokens = []
         try:
-            body["stream"] = True
             with httpx.stream(
                 "POST", f"{self.engine.url}/v1/completions", json=body, timeout=max(0.01, abort_after)
             ) as response:
                 if response.is_error:
-                    return response.status_code, ""
-                text = ""
+                    return response.status_code, []
                 for line in response.iter_lines():
                     if line.startswith("data: {"):
-                        text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                        tokens += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
                     if time.monotonic() > deadline:
                         return 200, None
-                return 200, text
+                return 200, tokens
         except httpx.TimeoutException:
             return 200, None
 
@@ -242,8 +265,7 @@ def test_whatever_happens_answers_are_right_and_nothing_is_left(engine, server, 
     try:
         engine.wait_for_cache()
         assert httpx.get(f"{engine.url}/health", timeout=60).status_code == 200
-        prompt, right = chaos.references[0]
-        assert engine.ask(list(prompt), max_tokens=OUTPUT_TOKENS) == right
+        assert all(begins_with(answer(engine, prompt), right) for prompt, right in chaos.references[:4])
         wait_until(lambda: is_at_rest(running), "no pins, sessions and reservations", 120)
         status = running.status()
         chaos.counts["retrieved"] += status["counters"]["retrieved_tokens"]
