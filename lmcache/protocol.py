@@ -169,6 +169,8 @@ class Hello(Request[HelloReply], tag="HELLO"):
     kind: Annotated[str, Meta(max_length=64)]
     pid: Count = 0
     features: Count = int(FEATURES)
+    software: Name = ""
+    """What it is made of, for people: "lmcache 0.1.0, vllm 0.32.0"."""
 
 
 class Attach(Request[Reply], tag="ATTACH"):

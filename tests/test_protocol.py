@@ -62,7 +62,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
 }
 OPTIONAL: dict[str, dict[str, Any]] = {
     "NOOP": {"client": CLIENT},
-    "HELLO": {"pid": 7, "features": 5},
+    "HELLO": {"pid": 7, "features": 5, "software": "lmcache 9"},
     "REGISTER_KV_CACHE": {"rank": 3, "world_size": 4, "processes": ["p", "q"]},
     "REPORT": {"failed_blocks": {"stale": 3}, "failed_lookups": {"deadline": 1}, "decode_chunks": 2},
     "LOOKUP": {"client": CLIENT, "request_id": "r", "world_size": 4},
@@ -120,6 +120,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "older_than_seconds": [-1.0, 86401.0, float("nan")],
     "failed_blocks": [{"bad luck": 1}, {"stale": -1}, {1: 1}, {"stale": "1"}],
     "failed_lookups": [{"bad luck": 1}, {"deadline": 2**63}],
+    "software": ["x" * 513],
     "decode_chunks": [-1, 2**63],
     "process": ["", "x" * 513],
     "processes": [["x" * 513], ["p"] * 5, [1]],

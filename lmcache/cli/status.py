@@ -42,6 +42,7 @@ class ClientView(msgspec.Struct):
     id: str
     kind: str = ""
     pid: int = 0
+    software: str = ""
     mapped: bool = False
     age_seconds: float = 0.0
     pins: int = 0

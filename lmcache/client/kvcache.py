@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 import xxhash
 
-from lmcache.client.mq import DEFAULT_TIMEOUT_SECONDS, MessageQueueClient, ReplyFuture
+from lmcache import __version__
+from lmcache.client.mq import DEFAULT_TIMEOUT_SECONDS, MessageQueueClient, ReplyFuture, diagnose
 from lmcache.errors import (
     ChecksumError,
     DeadlineError,
@@ -380,6 +381,7 @@ class KVCacheClient:
             fail at once instead of waiting for their deadline.
         heartbeat_seconds: the longest pause between two heartbeats.
         on_beat: called after each heartbeat, in its thread.
+        software: what the client is made of beside lmcache, for `describe`.
     """
 
     def __init__(
@@ -392,9 +394,11 @@ class KVCacheClient:
         heartbeat: bool = False,
         heartbeat_seconds: float = MAX_HEARTBEAT_SECONDS,
         on_beat: Callable[[KVCacheClient], None] = lambda client: None,
+        software: Sequence[str] = (),
     ) -> None:
         self.mq = MessageQueueClient(url, timeout_seconds, self._on_late_reply)
         self._kind = kind
+        self._software = ", ".join([f"lmcache {__version__}", *software])
         self._inline = inline
         self.tally = Tally()
         self._lock = threading.Lock()
@@ -471,7 +475,7 @@ class KVCacheClient:
         return attachment
 
     def _introduce(self) -> Attachment:
-        hello = self.mq.call(Hello(kind=self._kind, pid=os.getpid()))
+        hello = self.mq.call(Hello(kind=self._kind, pid=os.getpid(), software=self._software))
         if self._inline or not hello.pool_path:
             return Attachment(hello, None, None)
         path = Path(hello.pool_path)
@@ -561,11 +565,15 @@ class KVCacheClient:
             try:
                 wait, backoff = self._beat_once(), 0.1
             except LMCacheError as exc:
+                is_new = not self._down_reason
                 self._down_reason = str(exc)
                 attachment = self._attachment
                 if attachment is not None:
                     self._retire(attachment)
-                self.note_failure(exc)
+                # Something else may answer there. It is looked at once, not each time the server is away.
+                found = (diagnose(self.mq.url) if is_new else None) or exc
+                self._down_reason = f"{found}; hint: {found.hint}" if found.hint else str(found)
+                self.note_failure(UnreachableError(self._down_reason))
                 wait, backoff = backoff, min(backoff * 2, BACKOFF_MAX_SECONDS)
 
     def _beat_once(self) -> float:

@@ -290,7 +290,7 @@ class CacheService:
         return Answer(ChunkSizeReply(chunk_size=self._chunk_size))
 
     def _hello(self, request: Hello, payload: Payload) -> Answer:
-        client = self.sessions.introduce(request.kind, request.pid)
+        client = self.sessions.introduce(request.kind, request.pid, request.software)
         reply = HelloReply(
             client=client.id,
             features=int(FEATURES) & request.features,
@@ -338,6 +338,8 @@ class CacheService:
         engine = namespace.for_request()
         model = self._models.setdefault(engine.id, Model(engine, {}, request.world_size))
         is_new = request.rank not in model.bytes_per_token
+        if not model.bytes_per_token:
+            self._note_differences(engine)
         model.bytes_per_token[request.rank] = request.layout.bytes_per_token
         self._forget_models()
         l1_tokens = self._l1_tokens(model)
@@ -351,6 +353,17 @@ class CacheService:
                 l1_tokens,
             )
         return Answer(RegisterReply(bytes_per_token=request.layout.bytes_per_token, l1_tokens=l1_tokens))
+
+    def _note_differences(self, engine: Namespace) -> None:
+        """Say why an engine does not find what another of the same model has stored."""
+        others = [known.namespace for known in self._models.values() if known.namespace.model == engine.model]
+        for other in others:
+            names = [name for name in engine.__struct_fields__ if getattr(engine, name) != getattr(other, name)]
+            if names:
+                told = ", ".join(f"{name} ({getattr(other, name)!r}, now {getattr(engine, name)!r})" for name in names)
+                logger.warning(
+                    "%s is registered with another %s: it shares nothing with what was stored so", engine.model, told
+                )
 
     def _forget_models(self) -> None:
         """Of more than MAX_MODELS, drop the oldest that no client uses."""
@@ -801,6 +814,7 @@ class CacheService:
             "id": client.id,
             "kind": client.kind,
             "pid": client.pid,
+            "software": client.software,
             "mapped": client.presence_path is not None,
             "age_seconds": time.monotonic() - client.since,
             "pins": sum(len(session.slots()) for session in client.sessions.values()),

@@ -52,6 +52,7 @@ class Client(msgspec.Struct):
     pid: int
     since: float
     renewed_at: float
+    software: str = ""
     presence_path: Path | None = None
     registration: RegisterKVCache | None = None
     sessions: dict[str, Session] = msgspec.field(default_factory=dict)
@@ -76,10 +77,10 @@ class Sessions:
         self.pin_timeout_seconds = pin_timeout_seconds
         self.clients: dict[str, Client] = {}
 
-    def introduce(self, kind: str, pid: int) -> Client:
+    def introduce(self, kind: str, pid: int, software: str = "") -> Client:
         """Return a new client with an id that nobody can guess."""
         now = time.monotonic()
-        client = Client(id=secrets.token_hex(16), kind=kind, pid=pid, since=now, renewed_at=now)
+        client = Client(id=secrets.token_hex(16), kind=kind, pid=pid, since=now, renewed_at=now, software=software)
         self.clients[client.id] = client
         return client
 

@@ -24,7 +24,7 @@ from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import LMCacheError
 from lmcache.integration.vllm.scheduler import SchedulerHalf
 from lmcache.integration.vllm.steps import StepPlan, StepReport, WorkerHello
-from lmcache.integration.vllm.utils import ConnectorConfig
+from lmcache.integration.vllm.utils import ConnectorConfig, software
 from lmcache.integration.vllm.worker import WorkerHalf
 from lmcache.log import init_logger
 
@@ -70,6 +70,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             timeout_seconds=config.timeout_seconds,
             heartbeat=True,
             heartbeat_seconds=config.heartbeat_seconds,
+            software=software("LMCacheMPConnector"),
         )
         self._worker: WorkerHalf | None = None
         self._scheduler: SchedulerHalf | None = None

@@ -18,9 +18,14 @@ from typing import Any
 from lmcache.errors import UsageError
 from lmcache.keys import Namespace
 from lmcache.layout import KVLayout
+from lmcache.log import init_logger
 from lmcache.protocol import DEFAULT_ZMQ_PORT
 
+logger = init_logger(__name__)
+
 PREFIX = "lmcache."
+# The tests with a real engine passed on these (scripts/vllm_matrix.py).
+RUN_WITH_VLLM = ("0.32.",)
 # The whole engine waits for a server that hangs, once, until the deadline. vLLM's own class gives it 300 s.
 MAX_TIMEOUT_SECONDS = 30.0
 _ADDRESS = re.compile(r"tcp://(\[[^\]\s]+\]|[^:/\s]+):\d{1,5}|ipc://\S+")
@@ -171,6 +176,17 @@ def weights_digest(folder: Path) -> str:
             file.seek(max(0, size - WEIGHT_SAMPLE_BYTES))
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def software(connector: str) -> list[str]:
+    """Return the versions that decide how we get on with vLLM; warns when vLLM's was never run with ours."""
+    from vllm import __version__ as vllm_version
+
+    if not vllm_version.startswith(RUN_WITH_VLLM):
+        logger.warning(
+            "vLLM %s was not run with this version of lmcache; those that were: %s", vllm_version, ", ".join(RUN_WITH_VLLM)
+        )
+    return [f"vllm {vllm_version}", connector]
 
 
 def process_token(pid: int) -> str:

@@ -30,7 +30,7 @@ from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import LMCacheError, UsageError
 from lmcache.integration.vllm.scheduler import SchedulerHalf
 from lmcache.integration.vllm.steps import ChunkSpan, StoreSpan, WorkerHello
-from lmcache.integration.vllm.utils import ConnectorConfig, process_token
+from lmcache.integration.vllm.utils import ConnectorConfig, process_token, software
 from lmcache.integration.vllm.worker import WorkerHalf
 from lmcache.keys import KEY_BYTES, ChunkHasher, Namespace
 from lmcache.log import init_logger
@@ -130,6 +130,7 @@ class LMCacheMPSchedulerAdapter:
             timeout_seconds=config.timeout_seconds,
             heartbeat=True,
             heartbeat_seconds=config.heartbeat_seconds,
+            software=software("LMCacheMPConnectorUpstream"),
             on_beat=self._find_workers,
         )
         self._client.mq.connect()
@@ -241,6 +242,7 @@ class LMCacheMPWorkerAdapter:
             timeout_seconds=config.timeout_seconds,
             heartbeat=True,
             heartbeat_seconds=config.heartbeat_seconds,
+            software=software("LMCacheMPConnectorUpstream"),
         )
         self._half = WorkerHalf(self._client)
         self._streams: dict[str, _TokenStream] = {}

@@ -140,6 +140,8 @@ def _add_clients(result: Result, clients: list[ClientView]) -> None:
         held = f"{client.pins} pins, {client.reservations} reservations"
         since = format_duration(client.age_seconds)
         result.row(f"{client.kind} {client.pid}", f"{path}, {held}, {since}")
+        if client.software:
+            result.row("Software", client.software, indent=2)
 
 
 def gib(num_bytes: float) -> str:
