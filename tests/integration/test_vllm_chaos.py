@@ -131,7 +131,7 @@ def answer(engine, prompt):
 
 def test_a_wrong_byte_is_noticed(engine, server, references):
     """Otherwise what follows would prove nothing."""
-    prompts = sorted(references, key=len)[-4:]
+    prompts = sorted(references, key=len)[-2:]  # more would push each other out
     for prompt in prompts:
         answer(engine, prompt)
     engine.forget()

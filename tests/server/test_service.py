@@ -17,6 +17,7 @@ from lmcache.protocol import (
     Commit,
     EndSession,
     Evict,
+    FindWorkers,
     FreeLookupLocks,
     Get,
     GetChunkSize,
@@ -678,3 +679,54 @@ def test_a_client_that_floods_hello_is_forgotten_when_its_leases_run_out(service
 def test_no_service_needs_a_thread(service):
     assert wait_until(lambda: not service.storage.residency.is_running) is None
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lmcache")]
+
+
+# -- engines ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_says_nothing_for_twenty_minutes_stays_registered(service):
+    """LIV-1, LIV-4: it warms up, or nobody asks it anything; the kernel says that its process lives."""
+    engine = service.client(kind="engine-worker")
+    engine.register()
+    service.pass_time(20 * 60)
+    (known,) = [client for client in service.status()["clients"] if client["id"] == engine.id]
+    assert known["model"] == "m"
+    assert service.status()["healthy"]
+    assert engine.store(1)
+
+
+def test_workers_are_found_by_their_own_process_and_by_their_parent(service):
+    ranks = [service.client() for _ in range(2)]
+    for rank, client in reversed(list(enumerate(ranks))):
+        service.call(
+            RegisterKVCache(
+                client=client.id,
+                namespace=namespace(world_size=2),
+                layout=LAYOUT,
+                rank=rank,
+                world_size=2,
+                processes=[f"worker {rank}", "core"],
+            )
+        )
+    scheduler = service.client(kind="engine-scheduler")
+
+    def found(process):
+        return [known.rank for known in service.call(FindWorkers(client=scheduler.id, process=process)).registrations]
+
+    assert (found("core"), found("worker 1"), found("another")) == ([0, 1], [1], [])
+    ranks[0].die()
+    service.pass_time(1)
+    assert found("core") == [1]
+
+
+def test_an_engine_that_differs_is_told_in_what(service, caplog):
+    """COR-3: otherwise nobody knows why there are no hits."""
+    service.client().register()
+    other = msgspec.structs.replace(namespace(), dtype="float16", revision="2")
+    service.call(RegisterKVCache(client=service.client().id, namespace=other, layout=LAYOUT))
+    assert "m is registered with another revision ('', now '2'), dtype ('" in caplog.text
+
+
+def test_a_client_says_what_it_is_made_of(service):
+    service.call(Hello(kind="engine-worker", software="lmcache 9, vllm 8"))
+    assert [client["software"] for client in service.status()["clients"]] == ["lmcache 9, vllm 8"]
