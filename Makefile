@@ -7,6 +7,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 .PHONY: demo test check fuzz chaos setup setup-vllm clean
 
 demo: .venv/.stamp-demo
+	@$(MAKE) --no-print-directory setup-vllm || echo "vLLM for the CPU cannot be installed here: the demo goes on without it"
 	$(PY) scripts/demo.py
 
 test: check setup-vllm

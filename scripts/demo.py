@@ -1,11 +1,13 @@
 """`make demo`: a server, and what people and engines do with it, each in a process of its own.
 
 Prints every command line and its real output. Exits with 0 only if each command ended as it must and nothing is left behind,
-neither a process nor a file in shared memory. Needs no GPU, no network and no engine; takes about half a minute.
+neither a process nor a file in shared memory. Where vLLM is installed, it starts one with a tiny random model and asks it
+the same question twice. Needs no GPU and no network; takes half a minute, and two minutes more with vLLM.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import secrets
@@ -26,7 +28,8 @@ TINY_ENGINE = str(REPOSITORY / "scripts" / "tiny_engine.py")
 MARKER = "DEMO_ID"
 POOL_GIB = "0.25"
 PROMPT = "{ffmpeg} What is the example usage of ffmpeg?"
-STEP_DEADLINE_SECONDS = 120
+ENGINE_PROMPT = "{ffmpeg} Which flag drops the sound?"
+STEP_DEADLINE_SECONDS = 600
 STOP_DEADLINE_SECONDS = 15
 UNREACHABLE = 3
 
@@ -35,15 +38,17 @@ class Demo:
     """Runs the steps; `failures` says which did not end as they must.
 
     Args:
-        tokenizer_dir: a folder with a tokenizer, whose name is the model's.
+        tokenizer_dir: a folder with a tokenizer, whose name is the model's, and with a model where vLLM is to be shown.
         log_path: where the server's log goes.
+        with_engine: whether vLLM is there to be shown.
     """
 
-    def __init__(self, tokenizer_dir: Path, log_path: Path) -> None:
+    def __init__(self, tokenizer_dir: Path, log_path: Path, with_engine: bool) -> None:
         self.failures: list[str] = []
         self.pool_path = ""
         self._tokenizer_dir = str(tokenizer_dir)
         self._log_path = log_path
+        self._with_engine = with_engine
         self._marker = secrets.token_hex(8)
         self._port, self._http_port = free_ports(2)
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")}
@@ -55,6 +60,8 @@ class Demo:
         self.start_server()
         try:
             self.use_server()
+            if self._with_engine:
+                self.use_engine()
         finally:
             self.stop_server()
         self.heading("Nobody is there now, and the command says so")
@@ -83,6 +90,45 @@ class Demo:
         self.lmcache("bench", "kvcache", "--verify-only")
         self.heading("Empty it")
         self.lmcache("kvcache", "clear", "-y")
+
+    def use_engine(self) -> None:
+        """A vLLM that computes a long prompt once."""
+        from tests.vllm_process import VllmServer
+
+        transfer = {
+            "kv_connector": "LMCacheMPConnector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"lmcache.mp.port": self._port},
+        }
+        flags = ["--max-model-len", "16384", "--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(transfer)]
+        marked = {MARKER: self._environment[MARKER]}
+        vllm = VllmServer(Path(self._tokenizer_dir), self._log_path.with_name("vllm.log"), flags, env=marked)
+        self.heading("vLLM, with one flag for the cache; its own prefix cache is off, so that the next hit is ours")
+        shown = ["vllm", "serve", self._tokenizer_dir, "--served-model-name", "tiny", "--port", str(vllm.port), *flags]
+        print(f"$ {shlex.join(shown)} &\n", flush=True)
+        with vllm:
+            self.heading("The same question twice: vLLM computes it once")
+            question = ["--url", vllm.url, "--prompt", ENGINE_PROMPT, "--max-tokens", "4", "--ignore-eos", "--timeout", "500"]
+            self.lmcache("query", "engine", *question)
+            self.lmcache("query", "engine", *question)
+            self.heading("What the cache holds now")
+            self.lmcache("describe", "kvcache")
+            self.heading(
+                "vLLM's own benchmark, and where each prompt token came from; the second run finds what the first stored"
+            )
+            bench = [
+                "--model",
+                self._tokenizer_dir,
+                "--served-model-name",
+                "tiny",
+                "--dataset-name",
+                "random",
+                "--input-len",
+                "600",
+            ]
+            self.lmcache("bench", "engine", "--url", vllm.url, *bench, "--output-len", "8", "--num-prompts", "4")
+            self.lmcache("bench", "engine", "--url", vllm.url, *bench, "--output-len", "8", "--num-prompts", "4")
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -196,10 +242,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a demo that is ended also ends its server
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.path.insert(0, str(REPOSITORY))
-    from tests.tiny_model import make_tiny_tokenizer
+    from tests.tiny_model import make_tiny_model, make_tiny_tokenizer
 
+    with_engine = importlib.util.find_spec("vllm") is not None
     with tempfile.TemporaryDirectory(prefix="lmcache-demo-") as folder:
-        demo = Demo(make_tiny_tokenizer(Path(folder) / "tiny-model"), Path(folder) / "server.log")
+        make = make_tiny_model if with_engine else make_tiny_tokenizer
+        demo = Demo(make(Path(folder) / "tiny-model"), Path(folder) / "server.log", with_engine)
         try:
             demo.run()
         except (RuntimeError, OSError, subprocess.SubprocessError) as exc:
