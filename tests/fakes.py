@@ -10,7 +10,7 @@ import zmq
 
 from lmcache.protocol import Reply, encode
 
-STOP_SECONDS = 10.0
+STOP_SECONDS = 60.0
 Frames = list[bytes]
 
 

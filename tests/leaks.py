@@ -9,7 +9,7 @@ from pathlib import Path
 
 import zmq
 
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 30.0
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A real `lmcache server` as a child process on free ports of the loopback interface."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,8 +20,10 @@ from lmcache.errors import UnreachableError
 from lmcache.protocol import Noop, Status
 
 LMCACHE = (sys.executable, "-m", "lmcache.cli.main")
-START_SECONDS = 30.0
-STOP_SECONDS = 15.0
+# A machine with other work takes several times what an idle one does.
+START_SECONDS = 120.0
+STOP_SECONDS = 60.0
+ANSWER_SECONDS = 60.0
 
 
 class LmcacheServer:
@@ -60,7 +63,11 @@ class LmcacheServer:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the server
 
     def __enter__(self) -> "LmcacheServer":
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self._log.close()
+            raise
         return self
 
     def __exit__(
@@ -95,7 +102,7 @@ class LmcacheServer:
 
     def status(self) -> dict[str, Any]:
         """What the server says about itself."""
-        with MessageQueueClient(self.zmq_url) as client:
+        with MessageQueueClient(self.zmq_url, ANSWER_SECONDS) as client:
             return client.call(Status()).status
 
     def freeze(self) -> None:
@@ -147,15 +154,17 @@ class LmcacheServer:
     def close(self) -> None:
         """Stop the server if it still runs, and check that nothing of it is left."""
         was_running = self._process is not None
-        if self._process is not None:
-            died_with = self._process.poll()
-            assert died_with is None, f"the server had died with {died_with}:\n{self.log_text()}"
-            code = self.stop()
-            assert code == 0, f"the server ended with {code}:\n{self.log_text()}"
-        left = self.shared_files()
-        for path in left:
-            path.unlink()
-        self._log.close()
+        try:
+            if self._process is not None:
+                died_with = self._process.poll()
+                assert died_with is None, f"the server had died with {died_with}:\n{self.log_text()}"
+                code = self.stop()
+                assert code == 0, f"the server ended with {code}:\n{self.log_text()}"
+        finally:
+            left = self.shared_files()
+            for path in left:
+                path.unlink()
+            self._log.close()
         if was_running and not self._leaves_pool:
             assert not left, f"left in shared memory: {left}"
 
@@ -183,7 +192,7 @@ def run_lmcache(
     env: Mapping[str, str] | None = None,
     stdin: str = "",
     cwd: Path | None = None,
-    timeout_seconds: float = 60.0,
+    timeout_seconds: float = 300.0,
 ) -> subprocess.CompletedProcess[str]:
     """Run the real command and return its exit code, stdout and stderr."""
     return subprocess.run(
@@ -196,6 +205,22 @@ def run_lmcache(
         timeout=timeout_seconds,
         check=False,
     )
+
+
+@contextlib.contextmanager
+def running_lmcache(*words: str, env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """The real command at work; it is ended, reaped and closed with the `with` block, however that ends."""
+    with subprocess.Popen(
+        [*LMCACHE, *words],
+        env={**clean_environment(), **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def free_port() -> int:

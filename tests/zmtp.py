@@ -34,7 +34,7 @@ def ready(**properties: bytes) -> bytes:
 class RawPeer:
     """A DEALER on a plain socket. Every wait ends after `timeout_seconds` with TimeoutError."""
 
-    def __init__(self, port: int, timeout_seconds: float = 10.0, receive_buffer_bytes: int = 0) -> None:
+    def __init__(self, port: int, timeout_seconds: float = 60.0, receive_buffer_bytes: int = 0) -> None:
         self.socket = socket.socket()
         self.socket.settimeout(timeout_seconds)
         if receive_buffer_bytes:

@@ -21,7 +21,7 @@ from lmcache.errors import LMCacheError, StaleReadError
 from lmcache.protocol import EndSession, Evict, StoreOutcome
 from tests.chaos.content import chunk_key, chunk_keys, content
 
-REPORT_SECONDS = 60.0
+REPORT_SECONDS = 120.0
 SIZES = (4096, 12288, 20000, 65536)
 MAX_RUN = 6
 

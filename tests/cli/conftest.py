@@ -12,6 +12,9 @@ from lmcache.keys import Namespace
 from lmcache.layout import KVLayout
 from tests.server_process import LmcacheServer, run_lmcache
 
+# What asks a server or an engine, and how long it may take where a test says nothing about that.
+ASKING = ("ping", "describe", "query", "kvcache")
+PATIENCE = ("--timeout", "120")
 CHUNK_TOKENS = 256
 CHUNK_BYTES = 64 << 10
 MODEL = "org/tiny-model"
@@ -29,7 +32,9 @@ class Cli:
         self.url = url
 
     def __call__(self, *words: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-        return run_lmcache(*words, env={"LMCACHE_URL": self.url, **env} if self.url else env, stdin=stdin)
+        # First, so that a test's own wins and errors are as without it.
+        patience = PATIENCE if words[0] in ASKING else ()
+        return run_lmcache(*patience, *words, env={"LMCACHE_URL": self.url, **env} if self.url else env, stdin=stdin)
 
     def json(self, *words: str, code: int = 0, **env: str) -> dict[str, Any]:
         """Run with --format json, check the exit code, and return the one document on stdout."""

@@ -3,8 +3,6 @@
 import contextlib
 import json
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -15,11 +13,12 @@ from lmcache.client.kvcache import KVCacheClient
 from lmcache.client.mq import MessageQueueClient
 from lmcache.pool import PoolView
 from lmcache.protocol import Clear
-from tests.server_process import LMCACHE, LmcacheServer, clean_environment, free_port, run_lmcache
+from tests.chaos.waiting import wait_until
+from tests.server_process import LmcacheServer, free_port, run_lmcache, running_lmcache
 
 SMALL = ("--chunk-bytes", "64KiB", "--chunks-per-prompt", "4", "--warmup", "0")
 SMALL_CHECK = SMALL[:-2]
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +44,14 @@ def only_run(document):
 def running_bench(server, *flags):
     """A benchmark that has begun to read; it and its workers are gone afterwards."""
     before = server.status()["counters"]["retrieved_chunks"]
-    process = subprocess.Popen(
-        [*LMCACHE, "bench", "kvcache", "--url", server.zmq_url, *SMALL, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=clean_environment(),
-    )
     workers = []
     try:
-        wait_until(lambda: server.status()["counters"]["retrieved_chunks"] > before)
-        workers = psutil.Process(process.pid).children(recursive=True)
-        yield process
+        with running_lmcache("bench", "kvcache", "--url", server.zmq_url, *SMALL, *flags) as process:
+            wait_until(lambda: server.status()["counters"]["retrieved_chunks"] > before, "the benchmark reads")
+            workers = psutil.Process(process.pid).children(recursive=True)
+            yield process
     finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
-        wait_until(lambda: not any(worker.is_running() for worker in workers))
-
-
-def wait_until(is_true):
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        wait_until(lambda: not any(worker.is_running() for worker in workers), "its workers are gone")
 
 
 # -- a good run -------------------------------------------------------------------------------------------------------
@@ -288,7 +270,7 @@ def test_a_server_that_hangs_ends_the_run_with_a_message(server):
         assert process.returncode == 3
         assert "no reply" in stderr
     with MessageQueueClient(server.zmq_url) as mq:
-        wait_until(lambda: not server.status()["clients"])
+        wait_until(lambda: not server.status()["clients"], "its clients are gone")
         mq.call(Clear())
 
 

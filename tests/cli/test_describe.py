@@ -2,14 +2,12 @@
 
 import json
 import re
-import subprocess
-import time
 
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.keys import chunk_keys
 from tests.cli.conftest import CHUNK_BYTES, MODEL, Cli, namespace
 from tests.cli.peers import http_peer
-from tests.server_process import LMCACHE, LmcacheServer, clean_environment
+from tests.server_process import LmcacheServer, running_lmcache
 
 PROMISED = [
     "Health",
@@ -85,20 +83,13 @@ def test_a_value_from_the_environment_says_so():
         assert fields(cli("describe", "kvcache").stdout)["HTTP endpoint"] == "off"
 
 
-def watch(server: LmcacheServer, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*LMCACHE, "describe", "kvcache", "--watch", "0.05", "--timeout", "0.5", "--url", server.zmq_url, *words],
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def watch(server: LmcacheServer, *words: str):
+    return running_lmcache("describe", "kvcache", "--watch", "0.05", "--url", server.zmq_url, *words)
 
 
 def test_watch_prints_one_line_a_sample_when_piped(server: LmcacheServer):
     with watch(server) as process:
         lines = [process.stdout.readline() for _ in range(3)]
-        process.terminate()
     assert all(re.match(r"\d\d:\d\d:\d\d  OK  used ", line) for line in lines)
     assert "stored 0.00 GB/s" not in lines[0]
     assert "stored 0.00 GB/s  retrieved 0.00 GB/s" in lines[2]
@@ -107,19 +98,16 @@ def test_watch_prints_one_line_a_sample_when_piped(server: LmcacheServer):
 def test_watch_in_json_prints_one_document_a_line(server: LmcacheServer):
     with watch(server, "--format", "json") as process:
         documents = [json.loads(process.stdout.readline()) for _ in range(2)]
-        process.terminate()
     assert all(document["ok"] and document["schema_version"] == 1 for document in documents)
 
 
 def test_watch_says_that_the_server_is_away_and_goes_on():
-    with LmcacheServer(http=False) as server, watch(server) as process:
+    with LmcacheServer(http=False) as server, watch(server, "--timeout", "3") as process:
         assert "OK" in process.stdout.readline()
         server.freeze()
         assert process.stderr.readline().startswith("error: no reply from")
         server.thaw()
-        while process.stdout.readline().count("OK") == 0:
-            time.sleep(0.01)
-        process.terminate()
+        assert any("OK" in line for line in process.stdout)
 
 
 def test_a_server_with_problems_exits_with_1():

@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
 
 from lmcache.cli.engine import parse_metrics
 from tests.cli.conftest import Cli
 from tests.cli.peers import engine_peer, tcp_peer
 from tests.cli.test_describe import fields
-from tests.server_process import LMCACHE, LmcacheServer, clean_environment, free_port
+from tests.server_process import LmcacheServer, free_port, running_lmcache
 
 VLLM_METRICS = """
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -128,24 +127,16 @@ def test_nobody_and_silence_are_exit_code_3():
             assert "within 0.5 s" in Cli("").refused("describe", "engine", *words, "--timeout", "0.5", "--url", url, code=3)
 
 
-def watch(url: str, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*LMCACHE, "describe", "engine", "--watch", "0.05", "--url", url, *words],
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def watch(url: str, *words: str):
+    return running_lmcache("describe", "engine", "--watch", "0.05", "--url", url, *words)
 
 
 def test_watch_prints_a_line_a_sample_with_rates_since_the_one_before():
     with engine_peer(VLLM) as engine:
         with watch(engine.url) as process:
             lines = [process.stdout.readline() for _ in range(3)]
-            process.terminate()
         with watch(engine.url, "--format", "json") as process:
             documents = [json.loads(process.stdout.readline()) for _ in range(2)]
-            process.terminate()
     line = r"\d\d:\d\d:\d\d  healthy  running 3  waiting 4  KV cache 50.0%  prefix hits 25.0%  external hits n/a"
     assert re.fullmatch(line + "\n", lines[0])
     assert re.fullmatch(line + "  prompt 0.0 tokens/s  output 0.0 tokens/s\n", lines[2])

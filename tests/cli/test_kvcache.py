@@ -2,7 +2,6 @@
 
 import os
 import pty
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.keys import chunk_keys
 from tests.cli.conftest import CHUNK_BYTES, MODEL, Cli, namespace
-from tests.server_process import LMCACHE, LmcacheServer, clean_environment
+from tests.server_process import LMCACHE, LmcacheServer, clean_environment, running_lmcache
 
 
 @pytest.fixture
@@ -101,14 +100,10 @@ def test_pinned_chunks_are_kept_and_said(cli: Cli, engine: KVCacheClient, keys: 
 
 def test_force_waits_for_pins_to_go(engine: KVCacheClient, keys: bytes, server: LmcacheServer):
     pinned = engine.pin(keys)
-    process = subprocess.Popen(
-        [*LMCACHE, "kvcache", "clear", "-y", "--force", "--timeout", "60", "--url", server.zmq_url],
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    pinned.release()
-    out, _ = process.communicate(timeout=60)
+    words = ["kvcache", "clear", "-y", "--force", "--timeout", "120", "--url", server.zmq_url]
+    with running_lmcache(*words) as process:
+        pinned.release()
+        out, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "Objects removed:                  8" in out
 

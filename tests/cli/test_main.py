@@ -14,7 +14,7 @@ import pytest
 import lmcache
 from lmcache.cli import main as main_module
 from tests.cli.conftest import Cli
-from tests.server_process import LMCACHE, LmcacheServer, clean_environment, free_port, run_lmcache
+from tests.server_process import LMCACHE, LmcacheServer, clean_environment, free_port, run_lmcache, running_lmcache
 
 COMMAND = '''
 """A command that someone dropped in."""
@@ -104,12 +104,6 @@ def test_main_returns_the_exit_code_and_never_exits(capsys):
 # -- interrupts ------------------------------------------------------------------------------------
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*LMCACHE, *words], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def check_interrupted(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -118,10 +112,10 @@ def check_interrupted(process: subprocess.Popen[str]) -> None:
 
 
 def test_ctrl_c_while_watching_is_130(server: LmcacheServer):
-    process = start("describe", "kvcache", "--watch", "--url", server.zmq_url)
-    assert process.stdout is not None
-    process.stdout.readline()
-    check_interrupted(process)
+    with running_lmcache("describe", "kvcache", "--watch", "--url", server.zmq_url) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        check_interrupted(process)
 
 
 @pytest.mark.parametrize(
@@ -132,14 +126,10 @@ def test_ctrl_c_while_a_frozen_server_is_waited_for_is_130(words, transport):
     with LmcacheServer() as server:
         server.freeze()
         url, port = (server.zmq_url, server.port) if transport == "zmq" else (server.http_url, server.http_port)
-        process = start(*words, "--timeout", "60", "--url", url)
-        try:
+        with running_lmcache(*words, "--timeout", "120", "--url", url) as process:
             wait_for_connection(process, port)
             check_interrupted(process)
-        finally:
-            process.kill()
-            process.communicate()
-            server.thaw()
+        server.thaw()
 
 
 def wait_for_connection(process: subprocess.Popen[str], port: int) -> None:
@@ -150,16 +140,10 @@ def wait_for_connection(process: subprocess.Popen[str], port: int) -> None:
 
 def test_ctrl_c_during_imports_is_130(tmp_path):
     (tmp_path / "zmq.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    process = subprocess.Popen(
-        [*LMCACHE, "ping", "kvcache"],
-        env={**clean_environment(), "PYTHONPATH": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "importing\n"
-    check_interrupted(process)
+    with running_lmcache("ping", "kvcache", env={"PYTHONPATH": str(tmp_path)}) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        check_interrupted(process)
 
 
 # -- stdout ----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 
 from tests.cli.conftest import Cli
 from tests.cli.peers import http_peer, unhealthy, zmq_peer
-from tests.server_process import LmcacheServer, free_port, run_lmcache
+from tests.server_process import LmcacheServer, free_port, run_lmcache, running_lmcache
 
 BOX = re.compile(
     r"={7} Ping KV Cache ={8}\n"
@@ -92,29 +92,10 @@ def check_fail(cli: Cli) -> None:
 
 def test_wait_returns_when_the_server_has_come():
     late = LmcacheServer()
-    waiting = late_ping(late)
-    try:
-        with late:
-            out, err = waiting.communicate(timeout=60)
-            assert waiting.returncode == 0, err
-            assert BOX.fullmatch(out)
-    finally:
-        waiting.kill()
-        waiting.wait()
-
-
-def late_ping(server: LmcacheServer):
-    import subprocess
-
-    from tests.server_process import LMCACHE, clean_environment
-
-    return subprocess.Popen(
-        [*LMCACHE, "ping", "kvcache", "--wait", "60", "--url", server.zmq_url],
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with running_lmcache("ping", "kvcache", "--wait", "120", "--url", late.zmq_url) as waiting, late:
+        out, err = waiting.communicate(timeout=120)
+    assert waiting.returncode == 0, err
+    assert BOX.fullmatch(out)
 
 
 @pytest.mark.parametrize("scheme", ["tcp", "http"])

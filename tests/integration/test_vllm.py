@@ -8,7 +8,6 @@ import concurrent.futures
 import contextlib
 import os
 import signal
-import subprocess
 import time
 
 import pytest
@@ -16,7 +15,7 @@ import pytest
 from tests.chaos.waiting import wait_until
 from tests.cli.conftest import Cli
 from tests.integration.conftest import BUILT_IN, CHUNK_SIZE, STEP_TOKENS, Engine, make_prompt
-from tests.server_process import LMCACHE, clean_environment
+from tests.server_process import running_lmcache
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -259,26 +258,16 @@ def asked(engines):
     with contextlib.ExitStack() as stack:
 
         def start(*words):
-            before = engine.metric("vllm:generation_tokens_total")
-            command = [
-                *LMCACHE,
-                "query",
-                "engine",
-                "--url",
-                engine.url,
-                "--prompt",
-                "go on",
-                "--max-tokens",
-                "8000",
-                "--ignore-eos",
-            ]
-            process = stack.enter_context(
-                subprocess.Popen(
-                    [*command, *words], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-                )
-            )
-            stack.callback(process.kill)
-            wait_until(lambda: engine.metric("vllm:generation_tokens_total") > before, "the engine answers", 120)
+            # Counted with the first token. A count of output tokens may still grow by those of the answer before.
+            before = engine.metric("vllm:prompt_tokens_total")
+            command = ["query", "engine", "--url", engine.url, "--prompt", "go on", "--max-tokens", "8000", "--ignore-eos"]
+            process = stack.enter_context(running_lmcache(*command, *words))
+
+            def is_answering() -> bool:
+                assert process.poll() is None, process.communicate()
+                return engine.metric("vllm:prompt_tokens_total") > before
+
+            wait_until(is_answering, "the engine answers", 120)
             return process
 
         yield engine, start
@@ -286,7 +275,7 @@ def asked(engines):
 
 def test_an_engine_that_freezes_within_its_answer_is_exit_code_3(asked):
     engine, start = asked
-    process = start("--timeout", "2")
+    process = start("--timeout", "15")
     os.killpg(engine.group, signal.SIGSTOP)
     try:
         _, error = process.communicate(timeout=60)
