@@ -11,8 +11,6 @@ from tests.chaos.actor import Actor
 from tests.chaos.content import PAGE, chunk_key, chunk_keys, content
 from tests.chaos.waiting import wait_for_rest, wait_until
 
-# The server looks twice a second who is still there.
-GONE_SECONDS = 2.0
 LARGE = 64 * PAGE
 
 
@@ -26,7 +24,7 @@ def test_a_client_killed_between_reserve_and_commit_leaves_nothing(server):
         writer.tell("write")
         assert server.status()["l1"]["reserved_bytes"] == 3 * LARGE
         writer.signal(signal.SIGKILL)
-        wait_until(lambda: not server.status()["l1"]["reserved_bytes"], "the places are free", GONE_SECONDS)
+        wait_until(lambda: not server.status()["l1"]["reserved_bytes"], "the places are free")
     with KVCacheClient(server.zmq_url) as other:
         assert other.lookup(chunk_keys([0, 1, 2])).hit_chunks == 0
         assert other.store(chunk_keys([0, 1, 2]), chunks([0, 1, 2])) == [StoreOutcome.RESERVED] * 3
@@ -41,7 +39,7 @@ def test_pins_of_a_killed_client_go(server):
         assert reader.tell("lookup", indices=[0, 1], request_id="request") == 2
         assert server.status()["l1"]["pins"] == 4
         reader.signal(signal.SIGKILL)
-        wait_until(lambda: not server.status()["l1"]["pins"], "the pins are gone", GONE_SECONDS)
+        wait_until(lambda: not server.status()["l1"]["pins"], "the pins are gone")
     assert wait_for_rest(server)["l1"]["used_bytes"] == 2 * LARGE
     assert server.shared_files() == [Path(server.pool_path)]
 
@@ -55,7 +53,7 @@ def test_eight_clients_killed_at_once_leave_nothing(server):
             actor.begin("reserve", indices=[10 * number, 10 * number + 1], chunk_bytes=LARGE)
         for actor in actors:
             actor.signal(signal.SIGKILL)
-        wait_until(lambda: not server.status()["clients"], "the clients are gone", GONE_SECONDS)
+        wait_until(lambda: not server.status()["clients"], "the clients are gone")
     assert wait_for_rest(server)["l1"]["used_bytes"] == 0
     assert server.shared_files() == [Path(server.pool_path)]
 

@@ -17,7 +17,7 @@ def test_half_open_connections_are_closed_and_one_in_use_stays(pool_dir):
     with (
         LmcacheServer(["--pool-dir", str(pool_dir)], l1_size_gb=8 / 1024) as server,
         contextlib.ExitStack() as opened,
-        contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=10.0)) as in_use,
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=60.0)) as in_use,
     ):
 
         def is_alive() -> bool:
@@ -36,4 +36,4 @@ def test_half_open_connections_are_closed_and_one_in_use_stays(pool_dir):
             connect(server.http_port, (b"", b"GET /livez HTTP/1.1\r\nHost:")[number % 2])
         for number in range(NUM_ZMQ):
             connect(server.port, (b"", GREETING[:20], GREETING, GREETING + ready()[:10])[number % 4])
-        wait_until(lambda: is_alive() and len(list(descriptors.iterdir())) <= num_before + 1, "they are closed", seconds=30.0)
+        wait_until(lambda: is_alive() and len(list(descriptors.iterdir())) <= num_before + 1, "they are closed")

@@ -16,12 +16,13 @@ CHUNK_BYTES = 8 << 20
 
 def test_buffers_changed_after_the_deadline_are_never_stored() -> None:
     namespace = Namespace(model="deadline", chunk_size=1)
-    with LmcacheServer(l1_size_gb=0.25) as server, KVCacheClient(server.zmq_url, inline=True, timeout_seconds=1) as client:
+    with LmcacheServer(l1_size_gb=0.25) as server, KVCacheClient(server.zmq_url, inline=True) as client:
         chunks = [bytearray(os.urandom(CHUNK_BYTES)) for _ in range(4)]
         originals = [bytes(chunk) for chunk in chunks]
         client.store(chunk_keys(namespace, [1]), chunks[:1])
         keys = chunk_keys(namespace, range(10, 14))
         os.kill(server.pid, signal.SIGSTOP)
+        client.mq.timeout_seconds = 1
         try:
             with pytest.raises(DeadlineError):
                 client.store(keys, chunks)
@@ -29,6 +30,7 @@ def test_buffers_changed_after_the_deadline_are_never_stored() -> None:
                 chunk[:] = bytes(CHUNK_BYTES)
         finally:
             os.kill(server.pid, signal.SIGCONT)
+        client.mq.timeout_seconds = 60
         time.sleep(0.5)
         with KVCacheClient(server.zmq_url) as reader:
             buffers = [bytearray(CHUNK_BYTES) for _ in range(4)]

@@ -22,7 +22,7 @@ def run_loads(server: LmcacheServer, loads: list[Load], num_read: int, num_evict
             running.enter_context(load)
         for load in loads:
             load.wait_until_it_runs()
-        wait_until(is_enough, "enough was read and evicted", seconds=60.0)
+        wait_until(is_enough, "enough was read and evicted")
         return [load.finish() for load in loads]
 
 

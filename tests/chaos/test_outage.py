@@ -19,8 +19,10 @@ from tests.server_process import LmcacheServer
 
 LAYOUT = KVLayout(num_layers=2, num_planes=2, block_bytes=512, block_size=16, dtype="bfloat16")
 ENGINE = Namespace(model="a-model", layout=LAYOUT.fingerprint, chunk_size=256)
-# What a call may take beyond its deadline on a machine with more to do.
-SLACK_SECONDS = 2.0
+# What a call may take beyond its deadline on a machine with more to do; one that waits on takes for ever.
+SLACK_SECONDS = 30.0
+# Calls that fail at once take far less than one deadline each.
+NUM_FAILING = 20
 
 
 def restart(server: LmcacheServer) -> None:
@@ -45,9 +47,10 @@ def seconds_of(call) -> float:
 
 
 def test_calls_to_a_server_that_hangs_end_at_their_deadline(server):
-    with KVCacheClient(server.zmq_url, timeout_seconds=0.5) as client:
+    with KVCacheClient(server.zmq_url) as client:
         client.store(chunk_key(0), [content(chunk_key(0), PAGE)])
         server.freeze()
+        client.mq.timeout_seconds = 0.5
         calls = [
             lambda: client.lookup(chunk_key(0)),
             lambda: client.pin(chunk_key(0)),
@@ -57,15 +60,17 @@ def test_calls_to_a_server_that_hangs_end_at_their_deadline(server):
         ]
         taken = [seconds_of(call) for call in calls]
         server.thaw()
+        client.mq.timeout_seconds = 60
         assert max(taken) < 0.5 + SLACK_SECONDS, taken
         assert client.pin(chunk_key(0)).extents[0] == content(chunk_key(0), PAGE)
 
 
 def test_threads_that_wait_for_one_introduction_end_at_their_deadline(server):
-    with KVCacheClient(server.zmq_url, timeout_seconds=0.5) as client:
+    with KVCacheClient(server.zmq_url) as client:
         client.attach()
         client._retire(client._attachment)
         server.freeze()
+        client.mq.timeout_seconds = 0.5
         taken: list[float] = []
         threads = [threading.Thread(target=lambda: taken.append(seconds_of(client.attach))) for _ in range(20)]
         for thread in threads:
@@ -89,19 +94,22 @@ def test_a_client_of_a_server_that_hangs_closes_soon(server):
 
 
 def test_with_a_heartbeat_calls_fail_at_once_while_the_server_hangs_and_work_again_after(server):
-    with KVCacheClient(server.zmq_url, timeout_seconds=1.0, heartbeat=True) as client:
+    with KVCacheClient(server.zmq_url, heartbeat=True) as client:
         client.register(ENGINE, LAYOUT)
         server.freeze()
+        client.mq.timeout_seconds = 1
         wait_until(lambda: client._down_reason, "the heartbeat notices")
-        taken = [seconds_of(lambda: client.lookup(chunk_key(0))) for _ in range(20)]
+        client.mq.timeout_seconds = 10
+        taken = [seconds_of(lambda: client.lookup(chunk_key(0))) for _ in range(NUM_FAILING)]
+        client.mq.timeout_seconds = 1
         server.thaw()
-        assert sum(taken) < 1.0, taken
+        assert sum(taken) < NUM_FAILING, taken
         # A reply that a busy machine delays beyond the second is one more try: the client itself must know, too.
         wait_until(
             lambda: attached(server) == [(True, "a-model")] and not client._down_reason,
             "attached and registered again",
-            seconds=20.0,
         )
+        client.mq.timeout_seconds = 60
         assert client.store(chunk_key(0), [bytes(chunk_bytes())]) == [StoreOutcome.RESERVED]
 
 
@@ -117,7 +125,7 @@ def test_with_a_heartbeat_a_client_is_attached_and_registered_again_without_a_ca
         client.register(ENGINE, LAYOUT)
         for _ in range(3):
             restart(server)
-            wait_until(lambda: attached(server) == [(True, "a-model")], "attached and registered again", seconds=5.0)
+            wait_until(lambda: attached(server) == [(True, "a-model")], "attached and registered again")
         assert client.store(chunk_key(0), [bytes(chunk_bytes())]) == [StoreOutcome.RESERVED]
 
 
@@ -126,10 +134,10 @@ def test_with_a_heartbeat_calls_fail_at_once_while_the_server_is_away(server):
         client.attach()
         server.kill()
         wait_until(lambda: client._down_reason, "the heartbeat notices")
-        taken = [seconds_of(lambda: client.lookup(chunk_key(0))) for _ in range(20)]
-        assert sum(taken) < 1.0, taken
+        taken = [seconds_of(lambda: client.lookup(chunk_key(0))) for _ in range(NUM_FAILING)]
+        assert sum(taken) < NUM_FAILING, taken
         server.start()
-        wait_until(lambda: attached(server) == [(True, None)], "attached again", seconds=5.0)
+        wait_until(lambda: attached(server) == [(True, None)], "attached again")
 
 
 @pytest.mark.parametrize("inline", [False, True])
@@ -154,7 +162,7 @@ def test_an_introduction_that_is_cut_short_leaves_nothing_behind(server, monkeyp
         server.freeze()
         return real(client=client, cookie=cookie)
 
-    with KVCacheClient(server.zmq_url, timeout_seconds=0.3) as client:
+    with KVCacheClient(server.zmq_url, timeout_seconds=2) as client:
         with monkeypatch.context() as patch:
             patch.setattr(kvcache, "Attach", hang)
             with pytest.raises(UnreachableError):
@@ -187,9 +195,10 @@ def test_a_writer_keeps_its_proof_of_life_when_the_heartbeat_gives_up_during_its
 
 
 def test_places_of_a_commit_without_an_answer_are_free_again(server):
-    with KVCacheClient(server.zmq_url, timeout_seconds=0.3) as client, KVCacheClient(server.zmq_url) as other:
+    with KVCacheClient(server.zmq_url) as client, KVCacheClient(server.zmq_url) as other:
         reservation = client.reserve(chunk_keys([0, 1]), PAGE)
         server.freeze()
+        client.mq.timeout_seconds = 0.3
         with pytest.raises(UnreachableError):
             reservation.commit()
         server.thaw()

@@ -224,7 +224,7 @@ def test_a_buffer_of_another_length_than_the_chunk_is_an_error_and_no_short_read
 def test_whatever_is_called_first_after_a_restart_works(tmp_path, inline, first_call):
     """LIV-2, without a heartbeat: the server's "unknown client" is enough."""
     port = free_port()
-    with KVCacheClient(f"tcp://127.0.0.1:{port}", inline=inline, timeout_seconds=20) as client:
+    with KVCacheClient(f"tcp://127.0.0.1:{port}", inline=inline, timeout_seconds=60) as client:
         with server_in(tmp_path, port=port) as server:
             client.store(keys(1), chunks_of(1))
             first_boot = client.attach().boot
@@ -257,7 +257,7 @@ def test_a_heartbeat_introduces_and_registers_again_without_being_asked(tmp_path
 
 def test_a_pool_that_is_served_again_gives_its_chunks_to_a_client_that_stayed(tmp_path):
     port = free_port()
-    with KVCacheClient(f"tcp://127.0.0.1:{port}", timeout_seconds=20) as client:
+    with KVCacheClient(f"tcp://127.0.0.1:{port}", timeout_seconds=60) as client:
         with server_in(tmp_path, leaves_pool=True, port=port, pool_name="kept"):
             client.store(keys(1, 2), chunks_of(1, 2), with_checksums=True)
         with server_in(tmp_path, leaves_pool=True, port=port, pool_name="kept") as server:
@@ -274,7 +274,7 @@ def test_an_extent_being_written_when_the_server_restarts_is_given_to_nobody(tmp
     port = free_port()
     url = f"tcp://127.0.0.1:{port}"
     settings = {"leaves_pool": True, "port": port, "pool_name": "kept", "eviction_watermark": 1.0}
-    with KVCacheClient(url, timeout_seconds=20) as writer, KVCacheClient(url, timeout_seconds=20) as other:
+    with KVCacheClient(url, timeout_seconds=60) as writer, KVCacheClient(url, timeout_seconds=60) as other:
         with server_in(tmp_path, **settings):
             reservation = writer.reserve(keys(1), PAGE_BYTES)
             offset = reservation._placements[0].offset
@@ -303,8 +303,9 @@ def test_what_a_late_reply_grants_is_given_back_while_that_life_of_the_client_go
     """Another thread is still at work with what it was granted, so the lock stays: the reply itself must be undone."""
     with KVCacheClient(server.endpoints.zmq) as helper, Proxy(server.endpoints.zmq) as proxy:
         helper.store(keys(1), chunks_of(1))
-        with KVCacheClient(proxy.url, timeout_seconds=0.3) as client, client.reserve(keys(7), PAGE_BYTES) as busy:
+        with KVCacheClient(proxy.url, timeout_seconds=60) as client, client.reserve(keys(7), PAGE_BYTES) as busy:
             proxy.hold.set()
+            client.mq.timeout_seconds = 0.3
             late = {
                 "reserve": lambda: client.reserve(keys(2), PAGE_BYTES),
                 "pin": lambda: client.pin(keys(1), "r"),
@@ -314,7 +315,7 @@ def test_what_a_late_reply_grants_is_given_back_while_that_life_of_the_client_go
                 late[verb]()
             wait_until(lambda: proxy.held)
             proxy.hold.clear()
-            client.mq.timeout_seconds = 20
+            client.mq.timeout_seconds = 60
             assert client.lookup(keys(1), pin=False).hit_chunks == 1
 
             def only_the_other_reservation_is_held() -> bool:
@@ -331,12 +332,13 @@ def test_what_a_lost_message_leaves_at_the_server_is_freed_although_the_client_l
     """The reply never comes. The client ends that life of its own, and the server sees the lock go."""
     with KVCacheClient(server.endpoints.zmq) as helper, Proxy(server.endpoints.zmq) as proxy:
         helper.store(keys(1), chunks_of(1))
-        with KVCacheClient(proxy.url, timeout_seconds=0.3) as client:
+        with KVCacheClient(proxy.url, timeout_seconds=60) as client:
             reservation = client.reserve(keys(2), PAGE_BYTES) if verb in ("commit", "abort") else None
             pinned = client.pin(keys(1), "r") if verb == "release" else None
             client.attach()
             first = client.attach().client_id
             proxy.drop.set()
+            client.mq.timeout_seconds = 0.3
             if reservation is not None and verb == "commit":
                 with pytest.raises(DeadlineError):
                     reservation.commit()
@@ -348,7 +350,7 @@ def test_what_a_lost_message_leaves_at_the_server_is_freed_although_the_client_l
                 with pytest.raises(DeadlineError):
                     client.reserve(keys(3), PAGE_BYTES) if verb == "reserve" else client.pin(keys(1), "r")
             proxy.drop.clear()
-            client.mq.timeout_seconds = 20
+            client.mq.timeout_seconds = 60
             assert client.lookup(keys(1), pin=False).hit_chunks == 1
             wait_until(lambda: nothing_is_held(server))
             if verb != "release":
@@ -374,12 +376,13 @@ def test_a_server_that_hangs_is_noticed_by_the_heartbeat_and_calls_then_fail_at_
         client.mq.timeout_seconds = 0.5
         proxy.hold.clear()
         wait_until(lambda: not client._down_reason)
+        client.mq.timeout_seconds = 60
         assert client.retrieve(keys(1), buffers_for(1)) == 1
 
 
 def test_many_threads_that_find_the_server_hanging_wait_for_one_deadline_and_not_for_each_other():
     """Each call ends by its deadline, although only one of them can introduce the client."""
-    with ScriptedPeer(lambda op: None) as peer, KVCacheClient(peer.url, timeout_seconds=1) as client:
+    with ScriptedPeer(lambda op: None) as peer, KVCacheClient(peer.url, timeout_seconds=2) as client:
         errors = []
 
         def ask() -> None:
@@ -388,16 +391,16 @@ def test_many_threads_that_find_the_server_hanging_wait_for_one_deadline_and_not
             except UnreachableError as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=ask) for _ in range(8)]
+        threads = [threading.Thread(target=ask) for _ in range(20)]
 
         def all_of_them() -> None:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join(30)
+                thread.join(120)
 
-        assert seconds(all_of_them) < 5
-        assert len(errors) == 8
+        assert seconds(all_of_them) < 30  # one after the other they would take 40
+        assert len(errors) == 20
 
 
 def test_no_server_at_all_is_an_error_by_the_deadline():
@@ -421,7 +424,7 @@ def test_closing_is_quick_whichever_reply_the_heartbeat_waits_for(tmp_path, sile
     with ScriptedPeer(answer) as peer:
         client = KVCacheClient(peer.url, heartbeat=True, heartbeat_seconds=0.01, timeout_seconds=60)
         wait_until(lambda: len(peer.ops) >= 2 or silent_on in peer.ops)
-        assert seconds(client.close) < 2
+        assert seconds(client.close) < 30
         assert client._heartbeat is not None
         assert not client._heartbeat.is_alive()
 
@@ -431,7 +434,7 @@ def test_closing_a_client_of_a_server_that_hangs_is_quick(server):
         client = KVCacheClient(proxy.url, heartbeat=True, timeout_seconds=60)
         client.store(keys(1), chunks_of(1))
         proxy.hold.set()
-        assert seconds(client.close) < 8
+        assert seconds(client.close) < 30
 
 
 # -- a pool that cannot be mapped -------------------------------------------------------------------------------------

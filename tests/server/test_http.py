@@ -44,7 +44,7 @@ def http_server(directory, **settings):
 def client_of(server, **options) -> httpx.Client:
     """A client once the frontend's libraries are imported; that happens after the start."""
     wait_until(lambda: answers(server.endpoints.http), "HTTP")
-    return httpx.Client(base_url=server.endpoints.http, timeout=20, trust_env=False, **options)
+    return httpx.Client(base_url=server.endpoints.http, timeout=60, trust_env=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def shared_server(tmp_path_factory):
 @pytest.fixture
 def server(shared_server):
     """One server for all tests that leave it as they found it; it has no chunks when a test begins."""
-    shared_server._owner.call(Clear()).result(timeout=10)
+    shared_server._owner.call(Clear()).result(timeout=60)
     return shared_server
 
 
@@ -202,10 +202,10 @@ def test_a_forced_clear_waits_for_pins_until_its_deadline_and_for_their_release(
         reply = http.post("/api/clear", params={"force": True, "timeout_seconds": 0.1}).json()
         assert (reply["objects"], reply["kept_objects"]) == (0, 1)
         assert reply["seconds"] >= 0.1
-        timer = threading.Timer(0.1, lambda: server._owner.call(EndSession(request_id="r")).result(timeout=10))
+        timer = threading.Timer(0.1, lambda: server._owner.call(EndSession(request_id="r")).result(timeout=60))
         timer.start()
-        reply = http.post("/api/clear", params={"force": True, "timeout_seconds": 15}).json()
-        timer.join(10)
+        reply = http.post("/api/clear", params={"force": True, "timeout_seconds": 60}).json()
+        timer.join(60)
         assert (reply["objects"], reply["kept_objects"]) == (1, 0)
 
 
@@ -295,14 +295,14 @@ def block_and_ask(server, http, monkeypatch):
 
     def tick() -> float:
         blocked.set()
-        release.wait(30)
+        release.wait(300)
         return 0.01
 
     monkeypatch.setattr(server.service, "tick", tick)
-    assert blocked.wait(10)
+    assert blocked.wait(60)
     try:
         for path in ("/livez", "/readyz", "/api/status", "/metrics"):
-            reply = http.get(path, timeout=10)
+            reply = http.get(path, timeout=60)
             assert reply.status_code == 503
             assert reply.json()["error"]["code"] == "owner_silent"
     finally:
@@ -330,7 +330,7 @@ def test_a_server_that_cannot_do_its_work_is_alive_and_not_ready(server, http, m
 )
 def test_bytes_that_are_no_http_are_answered_or_hung_up_on_and_the_next_request_served(server, http, raw):
     host, port = server.endpoints.http.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), 10) as peer:
+    with socket.create_connection((host, int(port)), 60) as peer:
         peer.sendall(raw)
         peer.shutdown(socket.SHUT_WR)
         try:
@@ -345,10 +345,10 @@ def test_stopping_does_not_wait_for_a_connection_that_says_nothing(tmp_path):
     with http_server(tmp_path) as server:
         wait_until(lambda: answers(server.endpoints.http))
         host, port = server.endpoints.http.removeprefix("http://").split(":")
-        idle = socket.create_connection((host, int(port)), 10)
-        half = socket.create_connection((host, int(port)), 10)
+        idle = socket.create_connection((host, int(port)), 60)
+        half = socket.create_connection((host, int(port)), 60)
         half.sendall(b"POST /api/clear HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
-        assert seconds(server.stop) < 8
+        assert seconds(server.stop) < 30
         idle.close()
         half.close()
         server.stop()  # again: nothing happens
