@@ -39,7 +39,11 @@ class RawPeer:
         self.socket.settimeout(timeout_seconds)
         if receive_buffer_bytes:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
-        self.socket.connect(("127.0.0.1", port))
+        try:
+            self.socket.connect(("127.0.0.1", port))
+        except OSError:
+            self.socket.close()
+            raise
 
     def shake_hands(self, **properties: bytes) -> None:
         """Greet and become a peer whose messages are delivered."""

@@ -17,7 +17,7 @@ from lmcache.protocol import REQUESTS
 from tests.chaos.content import chunk_key
 from tests.fuzz.mutate import mutate_bytes, mutate_fields, mutate_frames
 
-REPLY_MS = 10_000
+REPLY_MS = 60_000
 NUM_KEYS = 96
 CHUNK_BYTES = (1, 4096, 4097, 20_000, 65_536)
 LAYOUTS = [

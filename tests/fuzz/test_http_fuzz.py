@@ -15,7 +15,7 @@ from tests.fuzz.mutate import mutate_bytes
 from tests.fuzz.watch import Watch
 from tests.server_process import LmcacheServer
 
-ANSWER_SECONDS = 20.0
+ANSWER_SECONDS = 60.0
 MAX_IDLE_SOCKETS = 40
 RESET = struct.pack("ii", 1, 0)
 TOKEN = "let-me"

@@ -18,8 +18,8 @@ from tests.vllm_process import MODEL_NAME, VllmServer
 CHUNK_SIZE = 256
 # vLLM computes 7 chunks a step at most.
 STEP_TOKENS = 7 * CHUNK_SIZE
-RECONNECT_SECONDS = 60.0
-REQUEST_SECONDS = 200.0
+RECONNECT_SECONDS = 180.0
+REQUEST_SECONDS = 600.0
 PLACEHOLDERS = Path(__file__).parents[1] / "cuda_placeholders"
 PATHS = [str(PLACEHOLDERS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 BUILT_IN = {"LMCACHE_USE_UPSTREAM_MP": "1", "PYTHONPATH": os.pathsep.join(filter(None, PATHS))}

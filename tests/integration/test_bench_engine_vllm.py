@@ -11,12 +11,12 @@ from lmcache.cli.main import add_commands, build_parser
 from tests.server_process import LMCACHE, clean_environment
 from tests.vllm_process import MODEL_NAME
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CHUNK_SIZE = 256
 NUM_PROMPTS = 4
 PROMPT_TOKENS = 2 * CHUNK_SIZE + 100
-COMMAND_SECONDS = 200
+COMMAND_SECONDS = 600
 TITLE = "============ Serving Benchmark Result ============"
 RULE = "=" * 50
 

@@ -6,7 +6,7 @@ from tests.cli.conftest import Cli
 from tests.server_process import LmcacheServer
 from tests.vllm_process import MODEL_NAME, VllmServer
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CHUNK_SIZE = 256
 MAX_CONTEXT = 8192
