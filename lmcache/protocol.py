@@ -36,6 +36,8 @@ MAX_FRAMES = MAX_CHUNKS + 3
 Name = Annotated[str, Meta(max_length=512)]
 ClientId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
+# Is added up for ever, and the sum must still be an integer of MessagePack.
+Increment = Annotated[int, Meta(ge=0, le=2**32)]
 Rank = Annotated[int, Meta(ge=0, lt=1 << 16)]
 WorldSize = Annotated[int, Meta(ge=1, lt=1 << 16)]
 ChunkBytes = Annotated[int, Meta(ge=1, le=MAX_CHUNK_BYTES)]
@@ -250,9 +252,9 @@ class Report(Request[Reply], tag="REPORT"):
     """
 
     client: ClientId
-    failed_blocks: dict[FailureReason, Count] = {}
-    failed_lookups: dict[FailureReason, Count] = {}
-    decode_chunks: Count = 0
+    failed_blocks: dict[FailureReason, Increment] = {}
+    failed_lookups: dict[FailureReason, Increment] = {}
+    decode_chunks: Increment = 0
 
 
 class LookupReply(Reply):

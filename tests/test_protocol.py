@@ -119,9 +119,9 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "model": ["x" * 513],
     "older_than_seconds": [-1.0, 86401.0, float("nan")],
     "failed_blocks": [{"bad luck": 1}, {"stale": -1}, {1: 1}, {"stale": "1"}],
-    "failed_lookups": [{"bad luck": 1}, {"deadline": 2**63}],
+    "failed_lookups": [{"bad luck": 1}, {"deadline": 2**32 + 1}],
     "software": ["x" * 513],
-    "decode_chunks": [-1, 2**63],
+    "decode_chunks": [-1, 2**32 + 1],
     "process": ["", "x" * 513],
     "processes": [["x" * 513], ["p"] * 5, [1]],
 }

@@ -13,7 +13,7 @@ from lmcache.errors import PoolError
 from lmcache.keys import Namespace
 from lmcache.layout import KVLayout
 from lmcache.pool import PoolView, Presence
-from lmcache.protocol import REQUESTS
+from lmcache.protocol import REQUESTS, FailureReason
 from tests.chaos.content import chunk_key
 from tests.fuzz.mutate import mutate_bytes, mutate_fields, mutate_frames
 
@@ -208,6 +208,11 @@ class Peer:
             return {**chosen, "dry_run": rng.random() < 0.3}, rng.choice((joined, []))
         if op == "NOOP":
             return rng.choice((client, {})), []
+        if op == "FIND_WORKERS":
+            return {**client, "process": f"host/{rng.randrange(1 << 22)}"}, []
+        if op == "REPORT":
+            failed = {rng.choice(list(FailureReason)).value: rng.choice((0, 1, 2**32))}
+            return {**client, "failed_blocks": failed, "failed_lookups": failed, "decode_chunks": rng.randrange(9)}, []
         return (client if op in ("GOODBYE", "UNREGISTER_KV_CACHE") else {}), []
 
     def close(self, is_polite: bool) -> None:
