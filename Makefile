@@ -22,8 +22,6 @@ fuzz: setup
 	$(PY) -m pytest -q -s tests/fuzz --fuzz-seconds 600 --timeout 1500
 
 chaos: setup-vllm
-	$(PY) -m pytest -q -s tests/integration/test_vllm_chaos.py --chaos-seconds 600
-	$(PY) -m pytest -q -s tests/integration/test_vllm_chaos.py --chaos-seconds 600 --chaos-own-cache
 	$(PY) -m pytest -q -s tests/chaos_vllm --chaos-seconds 600
 
 setup: .venv/.stamp-dev

@@ -29,7 +29,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="ours",
         help="the connector class that vLLM uses in the chaos (default: %(default)s)",
     )
-    parser.addoption("--chaos-own-cache", action="store_true", help="let vLLM use its own prefix cache in the chaos too")
     parser.addoption("--chaos-seed", help="draw the prompts and faults of the run that printed this seed (default: a new one)")
     parser.addoption("--fuzz-seed", help="repeat the run that printed this seed (default: a new one)")
 
