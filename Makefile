@@ -4,14 +4,21 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test check fuzz chaos setup setup-vllm clean
+.PHONY: demo test test-engine test-rest check fuzz chaos setup setup-vllm clean
 
 demo: .venv/.stamp-demo
 	@$(MAKE) --no-print-directory setup-vllm || echo "vLLM for the CPU cannot be installed here: the demo goes on without it"
 	$(PY) scripts/demo.py
 
+# The tests with a real engine use one core most of the time, the others wait a lot: both at once take as long as the longer.
 test: check setup-vllm
-	$(PY) -m pytest -q
+	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync=target test-engine test-rest
+
+test-engine:
+	$(PY) -m pytest -q -m vllm
+
+test-rest:
+	$(PY) -m pytest -q -m "not vllm"
 
 check: setup
 	$(PY) -m ruff format --check .
