@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,8 @@ from types import TracebackType
 
 import httpx
 import psutil
+
+from tests.server_process import free_port
 
 MODEL_NAME = "tiny"
 # Healthy after about 40 s on two idle cores; a busy machine takes several times as long.
@@ -52,7 +53,7 @@ class VllmServer:
         start_seconds: float = START_SECONDS,
     ) -> None:
         self.log_path = log_path
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._start_seconds = start_seconds
         self._env = {**os.environ, **ENVIRONMENT, **(env or {})}
@@ -178,12 +179,6 @@ class VllmServer:
                 pass  # not listening yet
             time.sleep(0.2)
         raise RuntimeError(f"vLLM not healthy in {self._start_seconds:g} s:\n{self.log_tail()}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

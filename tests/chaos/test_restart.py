@@ -19,8 +19,8 @@ from tests.chaos.waiting import assert_adds_up, wait_for_rest, wait_until
 from tests.server_process import LmcacheServer
 
 LARGE = 64 * PAGE
-NUM_KILLS = 20
-NUM_LATE_WRITES = 3
+NUM_KILLS = 10
+NUM_LATE_WRITES = 2
 
 
 @pytest.fixture

@@ -91,9 +91,9 @@ def test_lora_and_salt_are_part_of_what_is_asked_for(zmq_cli: Cli, engine: KVCac
 def test_a_prompt_is_tokenized_and_its_corpora_are_counted(
     zmq_cli: Cli, engine: KVCacheClient, tiny_tokenizer_dir: Path, tmp_path: Path
 ):
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast  # unlike AutoTokenizer it does not import torch
 
-    encode = AutoTokenizer.from_pretrained(str(tiny_tokenizer_dir)).encode
+    encode = PreTrainedTokenizerFast.from_pretrained(str(tiny_tokenizer_dir)).encode
     (tmp_path / "own.txt").write_text("Words of my own. " * 200)
     token_ids = encode(load_corpus("ffmpeg") + " and " + "Words of my own. " * 200 + "What is this?")
     store(engine, token_ids)
