@@ -33,7 +33,7 @@ from lmcache.integration.vllm.steps import (
     StoreSpan,
     WorkerHello,
 )
-from lmcache.integration.vllm.utils import is_cacheable, request_namespace
+from lmcache.integration.vllm.utils import ConnectorConfig, is_cacheable, request_namespace
 from lmcache.keys import KEY_BYTES, ChunkHasher, Namespace
 from lmcache.layout import KVLayout
 from lmcache.log import RateLimitedLog, init_logger
@@ -45,7 +45,6 @@ logger = init_logger(__name__)
 UNKNOWN = sys.maxsize
 # A lookup takes 0.2 to 0.5 ms, a step without it 3 ms and more: so much of each step may be spent on waiting for replies.
 LINGER_SECONDS = 1e-3
-DEFAULT_LOOKUP_TIMEOUT_SECONDS = 0.5
 
 
 @dataclass
@@ -108,7 +107,7 @@ class SchedulerHalf:
         can_load: bool = True,
         can_store: bool = True,
         saves_decode: bool = False,
-        lookup_timeout_seconds: float = DEFAULT_LOOKUP_TIMEOUT_SECONDS,
+        lookup_timeout_seconds: float = ConnectorConfig.lookup_timeout_seconds,
     ) -> None:
         self._client = client
         self._can_load = can_load

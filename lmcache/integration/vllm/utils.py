@@ -40,7 +40,8 @@ class ConnectorConfig:
     url: str = f"tcp://localhost:{DEFAULT_ZMQ_PORT}"
     timeout_seconds: float = 2.0
     heartbeat_seconds: float = 1.0
-    lookup_timeout_seconds: float = 0.5
+    # Waited for in full only when the server freezes. Computing a long prompt takes longer than a busy host needs to answer.
+    lookup_timeout_seconds: float = 2.0
     saves_decode: bool = False
 
     @classmethod
