@@ -1,0 +1,153 @@
+"""What the benchmarks with a real vLLM share: starting one on the CPU, and asking it with a stopwatch in hand."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from tests.tiny_model import make_tiny_model  # noqa: E402
+from tests.vllm_process import MODEL_NAME, VllmServer  # noqa: E402
+
+PLACEHOLDERS = REPOSITORY / "tests" / "cuda_placeholders"
+REQUEST_SECONDS = 300.0
+START_SECONDS = 600.0
+
+
+def make_prompt(seed: object, num_tokens: int) -> list[int]:
+    """Return token ids that share no prefix with those of another seed."""
+    generator = random.Random(str(seed))
+    return [generator.randrange(10, 8000) for _ in range(num_tokens)]
+
+
+def transfer_config(url: str, **more: str) -> dict[str, Any]:
+    """Return what --kv-transfer-config says to use the cache server at `url`."""
+    host, _, port = url.rpartition(":")
+    return {
+        "kv_connector": "LMCacheMPConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"lmcache.mp.host": host, "lmcache.mp.port": int(port)},
+        **more,
+    }
+
+
+def transfer_flags(url: str, **more: str) -> list[str]:
+    """Return the flags that make vLLM use the cache server at `url`."""
+    return ["--kv-transfer-config", json.dumps(transfer_config(url, **more))]
+
+
+def python_path(*folders: Path) -> str:
+    """Return a PYTHONPATH with these folders first."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@dataclass
+class Answer:
+    """One streamed completion; times are those of time.monotonic()."""
+
+    sent_at: float
+    first_token_at: float
+    ended_at: float
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+    @property
+    def ttft_ms(self) -> float:
+        """From before the request is sent until the first token is read."""
+        return (self.first_token_at - self.sent_at) * 1e3
+
+
+class Engine(VllmServer):
+    """A vLLM that tells how many tokens of a prompt were cached."""
+
+    def __init__(self, name: str, model_dir: Path, log_dir: Path, flags: list[str], env: dict[str, str] | None = None) -> None:
+        self.name = name
+        super().__init__(model_dir, log_dir / f"{name}.log", ["--enable-prompt-tokens-details", *flags], env, START_SECONDS)
+
+    def ask(self, prompt: list[int], max_tokens: int = 2, request_id: str = "") -> Answer:
+        """Stream a completion. Connecting is not timed; vLLM closes a connection that was not used for 5 s."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_SECONDS)
+        connection.connect()
+        try:
+            return stream(connection, prompt, max_tokens, request_id)
+        finally:
+            connection.close()
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of all its processes so far."""
+        times = [member.cpu_times() for member in self.members()]
+        return sum(t.user + t.system for t in times)
+
+
+def stream(connection: http.client.HTTPConnection, prompt: list[int], max_tokens: int, request_id: str = "") -> Answer:
+    """Send a prompt and read the answer to its end."""
+    body = json.dumps(
+        {
+            "model": MODEL_NAME,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    )
+    headers = {"Content-Type": "application/json", **({"X-Request-Id": request_id} if request_id else {})}
+    sent_at = time.monotonic()
+    connection.request("POST", "/v1/completions", body, headers)
+    response = connection.getresponse()
+    first_token_at = 0.0
+    usage: dict[str, Any] = {}
+    while line := response.readline():
+        if line.startswith(b"data: {"):
+            first_token_at = first_token_at or time.monotonic()
+            usage = json.loads(line[6:]).get("usage") or usage
+    ended_at = time.monotonic()
+    assert response.status == 200, response.status
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return Answer(sent_at, first_token_at, ended_at, usage["prompt_tokens"], cached, usage["completion_tokens"])
+
+
+def end_on_sigterm() -> None:
+    """Make SIGTERM end this process as Ctrl-C does: with the engines that it has started."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def idle_load(engines: list[Engine], seconds: float = 2.0) -> float:
+    """Return the share of one core that engines use while nobody asks them anything."""
+    before = sum(engine.cpu_seconds() for engine in engines)
+    time.sleep(seconds)
+    return (sum(engine.cpu_seconds() for engine in engines) - before) / seconds
+
+
+def load_average() -> float:
+    """Return how many processes wanted to run in the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
+__all__ = [
+    "PLACEHOLDERS",
+    "Answer",
+    "Engine",
+    "end_on_sigterm",
+    "idle_load",
+    "load_average",
+    "make_prompt",
+    "make_tiny_model",
+    "python_path",
+    "stream",
+    "transfer_config",
+    "transfer_flags",
+]
