@@ -12,6 +12,10 @@ from msgspec import Meta
 
 from lmcache.errors import UsageError
 
+# What can be cached: one group of layers whose KV is kept for every token and found through one block table, by vLLM's name.
+SUPPORTED_KV_GROUPS = ("FullAttentionSpec", "MLAAttentionSpec")
+SUPPORTED_DEVICES = ("cpu",)
+
 Layers = Annotated[int, Meta(ge=1, le=1 << 16)]
 PieceBytes = Annotated[int, Meta(ge=1, le=1 << 40)]
 BlockTokens = Annotated[int, Meta(ge=1, le=1 << 30)]

@@ -75,6 +75,13 @@ class Setting(msgspec.Struct):
     source: str = ""
 
 
+class SupportedView(msgspec.Struct):
+    """What engines can be cached."""
+
+    kv_groups: list[str] = []
+    devices: list[str] = []
+
+
 class View(msgspec.Struct):
     """What commands read of the status."""
 
@@ -87,6 +94,7 @@ class View(msgspec.Struct):
     pid: int = 0
     uptime_seconds: float = 0.0
     engine_type: str = ""
+    supported: SupportedView = msgspec.field(default_factory=SupportedView)
     chunk_size: int = 0
     zmq_endpoint: str = ""
     http_endpoint: str = ""

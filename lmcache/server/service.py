@@ -16,6 +16,7 @@ import msgspec
 from lmcache import __version__
 from lmcache.errors import LMCacheError, ProtocolError, RemoteError
 from lmcache.keys import KEY_BYTES, Namespace
+from lmcache.layout import SUPPORTED_DEVICES, SUPPORTED_KV_GROUPS
 from lmcache.log import RateLimitedLog, init_logger
 from lmcache.metrics import Metrics
 from lmcache.pool import PAGE_BYTES, PoolFile, is_client_alive, remove_client_file
@@ -774,6 +775,7 @@ class CacheService:
             "pid": os.getpid(),
             "uptime_seconds": time.monotonic() - self._started_at,
             "engine_type": self._engine_type,
+            "supported": {"kv_groups": list(SUPPORTED_KV_GROUPS), "devices": list(SUPPORTED_DEVICES)},
             "chunk_size": self._chunk_size,
             "zmq_endpoint": self._endpoints.zmq,
             "http_endpoint": self._endpoints.http,

@@ -41,6 +41,7 @@ def test_the_page_starts_with_the_promised_rows_in_their_order(cli: Cli, server:
     assert found["L1 capacity (GB)"] == "0.062"
     assert found["Chunk size"] == "256"
     assert found["Process id"] == str(server.pid)
+    assert found["KV groups supported"] == "FullAttentionSpec, MLAAttentionSpec"
     assert found["Pool"] == server.pool_path
     assert {"Version", "Protocol", "Hit rate", "Pins", "Sessions", "Pool resident (GB)", "L2"} <= set(found)
     assert len({len(line) for line in done.stdout.splitlines() if line[0] in "=-"}) == 1

@@ -28,15 +28,13 @@ from lmcache.integration.vllm.steps import (
 )
 from lmcache.integration.vllm.utils import engine_namespace, process_token
 from lmcache.keys import Namespace
-from lmcache.layout import KVLayout
+from lmcache.layout import SUPPORTED_DEVICES, SUPPORTED_KV_GROUPS, KVLayout
 from lmcache.log import RateLimitedLog, init_logger
 from lmcache.protocol import FailureReason, StoreOutcome
 from lmcache.transfer.base import ChunkCopier
 
 logger = init_logger(__name__)
 
-# Every token's KV is kept, and one block table finds all of it.
-SUPPORTED_SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
 REFUSAL_HINT = "leave out --kv-transfer-config for this model"
 
 
@@ -252,7 +250,7 @@ def read_layout(kv_caches: dict[str, Any], vllm_config: Any, kv_cache_config: An
     tensors = _distinct_tensors([kv_caches[name] for name in layer_names if name in kv_caches])
     if not tensors:
         raise LayoutMismatchError("vLLM registered no KV tensors", hint=REFUSAL_HINT)
-    if tensors[0].device.type != "cpu":
+    if tensors[0].device.type not in SUPPORTED_DEVICES:
         raise UsageError(f"KV on {tensors[0].device} cannot be copied by this version", hint=REFUSAL_HINT)
     planes = [block_plane(tensor, kv_cache_config.num_blocks) for tensor in tensors]
     layout = KVLayout(
@@ -274,11 +272,11 @@ def _only_group(kv_cache_config: Any) -> tuple[Any, list[str]]:
     """Return the spec and the layers of the one KV group there may be."""
     groups = kv_cache_config.kv_cache_groups
     kinds = [type(group.kv_cache_spec).__name__ for group in groups]
-    if len(groups) != 1 or kinds[0] not in SUPPORTED_SPECS or groups[0].is_eagle_group:
+    if len(groups) != 1 or kinds[0] not in SUPPORTED_KV_GROUPS or groups[0].is_eagle_group:
         drafts = " with draft layers" if any(group.is_eagle_group for group in groups) else ""
         raise UsageError(
             f"KV groups {', '.join(kinds) or 'none'}{drafts} cannot be cached; this version takes "
-            f"one group of {' or '.join(SUPPORTED_SPECS)}",
+            f"one group of {' or '.join(SUPPORTED_KV_GROUPS)}",
             hint=REFUSAL_HINT,
         )
     return groups[0].kv_cache_spec, list(groups[0].layer_names)

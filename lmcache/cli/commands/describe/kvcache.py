@@ -97,6 +97,9 @@ def _add_process(result: Result, view: View) -> None:
     result.section("Process")
     result.row("Version", view.version)
     result.row("Protocol", f"{view.protocol.min} to {view.protocol.max}")
+    if view.supported.kv_groups:
+        result.row("KV groups supported", ", ".join(view.supported.kv_groups))
+        result.row("KV devices supported", ", ".join(view.supported.devices))
     result.row("Process id", view.pid)
     result.row("Hit rate", hit_rate(view))
     result.row("Pins", view.l1.pins)
