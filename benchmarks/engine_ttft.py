@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from common import percentile, report, server, wait_resident
+from connectors import STAMPS
 from engines import (
     PLACEHOLDERS,
     Answer,
@@ -34,7 +35,6 @@ from engines import (
     python_path,
     transfer_flags,
 )
-from timed_connector import STAMPS
 
 from lmcache.client.mq import MessageQueueClient
 from lmcache.protocol import Status
@@ -69,13 +69,13 @@ class Bench:
     def __init__(self, folder: Path, url: str) -> None:
         model = make_tiny_model(folder / "model")
         self.stamps_path = folder / "stamps"
-        timed = transfer_flags(url, kv_connector="TimedConnector", kv_connector_module_path="timed_connector")
+        timed = transfer_flags(url, kv_connector="TimedConnector", kv_connector_module_path="connectors")
         here = Path(__file__).resolve().parent
         self.ours = Engine(
             "ours",
             model,
             folder,
-            [*NO_OWN_CACHE, *timed, "--middleware", "timed_connector.StampMiddleware"],
+            [*NO_OWN_CACHE, *timed, "--middleware", "connectors.StampMiddleware"],
             {"PYTHONPATH": python_path(here), STAMPS: str(self.stamps_path)},
         )
         self.built_in = Engine(

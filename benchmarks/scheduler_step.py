@@ -1,11 +1,11 @@
 """What does the connector cost a step of vLLM's scheduler, with 1 and with 500 requests waiting?
 
-vLLM's real scheduler in this process, without a connector (the floor) and with ours against a real server, taking turns. 8
-seats are taken by requests that decode; the others wait with prompts of 1,024 tokens. A step is schedule() and, with an
-invented token for each request, update_from_output(). Wanted: at most 50 us above the floor. Then the same with a server
-that is stopped (SIGSTOP), and with 256 seats. Last the worst case: the server is stopped when 500 requests arrive and seats
-are free, so that all ask in every step until their lookups' time is up. Run: python benchmarks/scheduler_step.py [--steps
-1000]
+vLLM's real scheduler in this process, without a connector (the floor), with one that does nothing, and with ours against a
+real server, taking turns. 8 seats are taken by requests that decode; the others wait with prompts of 1,024 tokens. A step is
+schedule() and, with an invented token for each request, update_from_output(). Wanted: ours at most 50 us above the floor.
+Then the same with a server that is stopped (SIGSTOP), and with 256 seats. Last the worst case: the server is stopped when
+500 requests arrive and seats are free, so that all ask in every step until their lookups' time is up. Run: python
+benchmarks/scheduler_step.py [--steps 1000]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -47,6 +47,7 @@ NUM_BLOCKS = 16384
 NUM_SEATS = 8
 MANY_SEATS = 256
 PROMPT_TOKENS = 1024
+KINDS = ("floor", "idle", "ours")
 STEP_SECONDS = 3e-3  # what the model would take: the heartbeat gets its turn, and a lookup its time
 WARM_STEPS = 50
 SHARES = {"p50": 0.5, "p99": 0.99}
@@ -57,12 +58,13 @@ class Engine:
     """A scheduler, and what its engine core would do with it.
 
     Args:
-        url: the cache server; "" for a scheduler without a connector.
+        kind: "floor", "idle" or "ours".
+        url: the cache server.
         num_seats: how many requests may run at once.
     """
 
-    def __init__(self, model: Path, url: str, num_seats: int) -> None:
-        config = engine_config(model, url, num_seats)
+    def __init__(self, kind: str, model: Path, url: str, num_seats: int) -> None:
+        config = engine_config(kind, model, url, num_seats)
         spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=4, head_size=64, dtype=torch.bfloat16)
         config.cache_config.num_gpu_blocks = NUM_BLOCKS
         self.scheduler = config.scheduler_config.get_scheduler_cls()(
@@ -75,7 +77,8 @@ class Engine:
         hash_fn = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_fn)
         self._block_hasher = get_request_block_hasher(BLOCK_SIZE, hash_fn)
-        if url:
+        self._report = KVConnectorOutput() if kind != "floor" else None
+        if kind == "ours":
             namespace = engine_namespace(config, LAYOUT)
             with KVCacheClient(url, kind="benchmark") as client:
                 client.register(namespace, LAYOUT)
@@ -101,7 +104,7 @@ class Engine:
         started = time.perf_counter()
         output = self.scheduler.schedule()
         middle = time.perf_counter()
-        result = invented_result(output)
+        result = invented_result(output, self._report)
         resumed = time.perf_counter()
         self.scheduler.update_from_output(output, result)
         return middle - started + time.perf_counter() - resumed, len(output.scheduled_new_reqs)
@@ -116,8 +119,9 @@ class Engine:
         self.scheduler.shutdown()
 
 
-def engine_config(model: Path, url: str, num_seats: int) -> VllmConfig:
-    transfer = KVTransferConfig(**transfer_config(url)) if url else None
+def engine_config(kind: str, model: Path, url: str, num_seats: int) -> VllmConfig:
+    idle = {"kv_connector": "IdleConnector", "kv_connector_module_path": "connectors"} if kind == "idle" else {}
+    transfer = KVTransferConfig(**transfer_config(url, **idle)) if kind != "floor" else None
     return EngineArgs(
         model=str(model),
         dtype="bfloat16",
@@ -130,13 +134,14 @@ def engine_config(model: Path, url: str, num_seats: int) -> VllmConfig:
     ).create_engine_config()
 
 
-def invented_result(output: Any) -> ModelRunnerOutput:
+def invented_result(output: Any, report: KVConnectorOutput | None) -> ModelRunnerOutput:
     """Return one token for each scheduled request. A request's prompt fits into a step, so each is due one."""
     ids = list(output.num_scheduled_tokens)
     return ModelRunnerOutput(
         req_ids=ids,
         req_id_to_index={request_id: index for index, request_id in enumerate(ids)},
         sampled_token_ids=[[7] for _ in ids],
+        kv_connector_output=report,
     )
 
 
@@ -144,8 +149,9 @@ def measure_full(engines: dict[str, Engine], num_steps: int) -> dict[str, float]
     """Return us a step while all seats are taken."""
     taken: dict[str, list[float]] = {name: [] for name in engines}
     for number in range(-WARM_STEPS, num_steps):
-        for name, engine in sorted(engines.items(), reverse=number % 2 == 0):
-            seconds, num_admitted = engine.step()
+        for index in range(len(KINDS)):
+            name = KINDS[(number + index) % len(KINDS)]
+            seconds, num_admitted = engines[name].step()
             assert not num_admitted, "a seat was free"
             if number >= 0:
                 taken[name].append(seconds * 1e6)
@@ -161,15 +167,16 @@ def summary(taken: dict[str, list[float]]) -> dict[str, float]:
 
 
 def in_words(figures: dict[str, float]) -> str:
-    return ", ".join(
-        f"{label} {figures[f'ours_{label}_us']} us, floor {figures[f'floor_{label}_us']} ({figures[f'added_{label}_us']:+})"
-        for label in SHARES
-    )
+    parts = []
+    for label in SHARES:
+        values = ", ".join(f"{kind} {figures[f'{kind}_{label}_us']}" for kind in KINDS)
+        parts.append(f"{label} us: {values} ({figures[f'added_{label}_us']:+})")
+    return "; ".join(parts)
 
 
 def full_seats(model: Path, url: str, pid: int, num_seats: int, num_waiting: int, num_steps: int) -> dict[str, Any]:
     """Return figures with a server that answers, and with one that is stopped."""
-    engines = {"floor": Engine(model, "", num_seats), "ours": Engine(model, url, num_seats)}
+    engines = {kind: Engine(kind, model, url, num_seats) for kind in KINDS}
     queued: dict[str, list[float]] = {name: [] for name in engines}
     for name, engine in engines.items():
         engine.add(engine.requests(f"running {num_seats} {num_waiting}", num_seats, 7000))
@@ -190,12 +197,13 @@ def full_seats(model: Path, url: str, pid: int, num_seats: int, num_waiting: int
         for engine in engines.values():
             engine.close()
         gc.unfreeze()
-    return {"answering": answering, "stopped": stopped, "queue_a_request": summary(queued)}
+    figures = {"answering": answering, "stopped": stopped}
+    return {**figures, "queue_a_request": summary(queued)} if num_waiting > 1 else figures
 
 
 def free_seats(model: Path, url: str, pid: int, num_waiting: int) -> dict[str, float]:
     """Return how long steps take while all requests wait for answers that do not come."""
-    engine = Engine(model, url, num_waiting + 1)
+    engine = Engine("ours", model, url, num_waiting + 1)
     steps: list[float] = []
     requests = engine.requests("free", num_waiting, 1)
     os.kill(pid, signal.SIGSTOP)

@@ -1,7 +1,8 @@
-"""Our connector with a clock in it, and a middleware for vLLM's API server: what `engine_ttft.py` lets vLLM load.
+"""Connectors that vLLM loads in benchmarks by `kv_connector_module_path`, and a middleware for its API server.
 
-Each notes time.monotonic(), which all processes of a host share, and appends a JSON line to the file that ENGINE_STAMPS names.
-What a request's X-Request-Id says decides what happens in the worker:
+`IdleConnector` does nothing: what vLLM itself does more where there is a connector. `TimedConnector` is ours with a clock.
+It and the middleware note time.monotonic(), which all processes of a host share, and append JSON lines to the file that
+ENGINE_STAMPS names. What a request's X-Request-Id says decides what happens in the worker:
 
 - `floor`: nothing is loaded, and no message is sent for it.
 - `memcpy`: the load is timed, and so is one memcpy of as many bytes; they take turns to be first.
@@ -15,6 +16,8 @@ import mmap
 import os
 import time
 from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
 
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
 
@@ -63,6 +66,31 @@ class MemcpyFloor:
         started = time.monotonic()
         self._private[:] = self._shared
         return time.monotonic() - started
+
+
+class IdleConnector(KVConnectorBase_V1):
+    """Finds nothing, loads nothing, stores nothing."""
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        pass
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        return KVConnectorMetadata()
 
 
 class TimedConnector(LMCacheMPConnector):
