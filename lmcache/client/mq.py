@@ -22,6 +22,8 @@ from lmcache.errors import DeadlineError, ProtocolError, UnreachableError, Usage
 from lmcache.protocol import MAX_CHUNK_BYTES, R, Request, decode_reply, encode
 
 DEFAULT_TIMEOUT_SECONDS = 5.0
+# What listens at an address shows what it speaks within this time, or it is taken for one who may speak ZMQ.
+GREETING_SECONDS = 0.2
 CONNECT_TIMEOUT_SECONDS = 2.0
 RECONNECT_FIRST_MS = 50
 RECONNECT_MAX_MS = 1000
@@ -321,8 +323,8 @@ def check_reachable(url: str, timeout_seconds: float) -> None:
 def diagnose(url: str) -> ProtocolError | None:
     """Tell what else answers at an address that does not answer us, in at most 0.6 s; None when it is silent."""
     try:
-        with _connect(url, 0.2) as peer:
-            peer.settimeout(0.2)
+        with _connect(url, GREETING_SECONDS) as peer:
+            peer.settimeout(GREETING_SECONDS)
             try:
                 first = peer.recv(16)
             except TimeoutError:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lmcache.cli.corpora import load_corpus
+from lmcache.cli.main import main
 from lmcache.cli.prompts import load_tokenizer
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import LMCacheError
@@ -109,10 +110,13 @@ def test_a_prompt_is_tokenized_and_its_corpora_are_counted(
     assert rows["Cached chunks"].strip() == f"{num_chunks}/{num_chunks} (100.0%)"
 
 
-def test_the_tokenizer_is_by_default_that_of_the_model(zmq_cli: Cli, engine: KVCacheClient, tiny_tokenizer_dir: Path):
-    engine.register(namespace(str(tiny_tokenizer_dir)), LAYOUT)
-    document = zmq_cli.json("query", "kvcache", "--prompt", "hello", "--model", str(tiny_tokenizer_dir))
-    assert document["prompt_tokens"] > 0
+def test_the_tokenizer_is_by_default_that_of_the_model(tiny_tokenizer_dir: Path, capsys):
+    """In this process: transformers takes long to import, and other tests want it here too."""
+    with LmcacheServer(http=False) as server, KVCacheClient(server.zmq_url) as client:
+        client.register(namespace(str(tiny_tokenizer_dir)), LAYOUT)
+        words = ["query", "kvcache", "--prompt", "hello", "--url", server.zmq_url, "--timeout", "120"]
+        assert main([*words, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] > 0
 
 
 def test_an_engine_may_tokenize_and_is_asked_by_the_name_that_it_gives_the_model(zmq_cli: Cli, engine: KVCacheClient):
@@ -208,16 +212,22 @@ def test_an_unknown_model_lists_the_registered_ones(zmq_cli: Cli, engine: KVCach
     assert f"no registered model is 'other'; registered: {namespace().id} {MODEL} (dtype bfloat16, layout " in error
 
 
-def test_several_models_must_be_told_apart(zmq_cli: Cli, engine: KVCacheClient, server: LmcacheServer, tmp_path: Path):
+def test_several_models_must_be_told_apart(tmp_path: Path):
     tokens = write_tokens(tmp_path, [1, 2, 3])
     other = namespace("elsewhere/tiny-model")
-    with KVCacheClient(server.zmq_url) as second:
+    with (
+        LmcacheServer(http=False) as server,
+        KVCacheClient(server.zmq_url) as first,
+        KVCacheClient(server.zmq_url) as second,
+    ):
+        first.register(namespace(), LAYOUT)
         second.register(other, LAYOUT)
+        cli = Cli(server.zmq_url)
         for words in ([], ["--model", "tiny-model"]):
-            error = zmq_cli.refused("query", "kvcache", "--tokens", tokens, *words, code=1)
+            error = cli.refused("query", "kvcache", "--tokens", tokens, *words, code=1)
             assert MODEL in error
             assert f"{other.id} elsewhere/tiny-model" in error
-        found = zmq_cli.json("query", "kvcache", "--tokens", tokens, "--model", str(other.id))
+        found = cli.json("query", "kvcache", "--tokens", tokens, "--model", str(other.id))
         assert found["model"] == "elsewhere/tiny-model"
 
 

@@ -8,6 +8,7 @@ import threading
 import pytest
 import zmq
 
+from lmcache.client import mq as client_mq
 from lmcache.client.mq import MessageQueueClient, check_reachable, diagnose
 from lmcache.errors import DeadlineError, ProtocolError, RemoteError, UnreachableError, UsageError
 from lmcache.protocol import Clear, ErrorInfo, GetChunkSize, Noop, NoopReply, Reply, Status
@@ -228,7 +229,8 @@ def test_a_refused_connection_is_known_at_once_and_a_server_is_reachable(server)
         (b"", None),
     ],
 )
-def test_another_service_at_the_address_is_named(greeting, expected):
+def test_another_service_at_the_address_is_named(monkeypatch, greeting, expected):
+    monkeypatch.setattr(client_mq, "GREETING_SECONDS", 60.0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
