@@ -243,14 +243,10 @@ def test_requests_are_answered_while_the_server_is_away(engines, stored, cache_s
 
 
 def test_the_first_request_after_an_engine_restart_is_warm(engines, stored):
-    def restart(engine):
+    for name, engine in engines.items():
         engine.close()
         engine.start()
         engine.wait_for_cache()
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(restart, engines.values()))
-    for name, engine in engines.items():
         text, counts = engine.ask_counted(prompts_of(name)[0])
         assert (text, counts) == (stored[name]["prompt"], {"hit": CACHED, "loaded": CACHED, "stored": 0})
 
