@@ -12,6 +12,7 @@ demo: .venv/.stamp-demo
 
 # The tests with a real engine use one core most of the time, the others wait a lot: both at once take as long as the longer.
 test: check setup-vllm
+	@$(PY) -m compileall -q lmcache tests  # the tests start hundreds of commands, often where nothing else writes bytecode
 	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync=target test-engine test-rest
 
 test-engine:
