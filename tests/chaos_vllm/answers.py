@@ -3,7 +3,7 @@
 A prompt is computed in steps that depend on what is cached of it and on who else is there, and each split of the same sums
 rounds otherwise: a logit of this model moves by one unit of bf16 in the last place, 1/64 at its size. So a token is right
 
-- when it is the reference's and its log probability differs by at most LOGPROB_TOLERANCE, or
+- when it is the reference's and its log probability differs by at most TOLERANCE, or
 - when it is one of those that the reference finds likely within TOLERANCE of the best. What follows it has no reference.
 
 One other chunk in the prompt changes more than that. So does one changed byte in each of its chunks, tried by hand, in five
@@ -25,8 +25,6 @@ MAX_CHUNKS = 12
 # In nats. The largest difference seen between splits of one prompt is 1/64, in 5,334 comparisons; one other chunk in the prompt
 # changes the first token, or its log probability by more than 0.2.
 TOLERANCE = 0.05
-# Recomputing after faults cuts prompts in more ways than the references do: 0.10 was seen for one token in a thousand.
-LOGPROB_TOLERANCE = 0.15
 OUTPUT_TOKENS = 24
 MIN_PROMPTS = 15
 MAX_STEMS = 20
@@ -51,7 +49,7 @@ class Reference:
                 return f"token {at} is {token}, not {right.tokens[at]} ({likely})"
             if token != right.tokens[at]:
                 return ""
-            if abs(completion.logprobs[at] - right.logprobs[at]) > LOGPROB_TOLERANCE:
+            if abs(completion.logprobs[at] - right.logprobs[at]) > TOLERANCE:
                 return f"token {at} has log probability {completion.logprobs[at]}, not {right.logprobs[at]}"
         return ""
 

@@ -55,7 +55,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(2700)]
 def seconds(pytestconfig: pytest.Config) -> float:
     seconds = float(pytestconfig.getoption("--chaos-seconds"))
     if not seconds:
-        pytest.skip("takes minutes, and rounding has a say in it: make chaos")
+        pytest.skip("takes minutes: make chaos")
     return seconds
 
 
