@@ -278,13 +278,13 @@ def test_an_engine_that_freezes_within_its_answer_is_exit_code_3(asked):
     process = start("--timeout", "15")
     os.killpg(engine.group, signal.SIGSTOP)
     try:
-        _, error = process.communicate(timeout=300)
+        output, error = process.communicate(timeout=300)
         for command in (["ping"], ["describe"], ["query", "engine", "--prompt", "x"]):
             words = [command[0], "engine", *command[2:], "--timeout", "0.5", "--url", engine.url]
             assert "within 0.5 s" in Cli("").refused(*words, code=3)
     finally:
         os.killpg(engine.group, signal.SIGCONT)
-    assert process.returncode == 3
+    assert process.returncode == 3, output
     assert "no token from" in error
 
 

@@ -1,0 +1,366 @@
+"""Copies between an engine's KV on a GPU and chunks in the mapped pool, at the speed of the wire.
+
+Comes in: an engine's KV tensors and extents of the pool. Goes out: `CudaCopier`. A kernel (`kernels.py`) gathers the blocks
+of a piece, all its layers, into one of some slots of device memory; the copy engine takes the slot to the extents while the
+kernel fills the next. Loads go the other way, through slots of their own, so that both directions run at once:
+
+    store   compute --event--> | gather into slot 0 | gather into slot 1 | ... wait for copy 0, gather into slot 0
+                               .....................| copy slot 0 to host| copy slot 1 to host ...
+    load    | copy to slot 0 | copy to slot 1 | ... wait for scatter 0, copy to slot 0
+            .................| scatter slot 0 | scatter slot 1 ... --event--> compute
+
+Nothing runs in a stream's callback. Every wait of the host has a deadline; one that passes leaves a copy that may still
+write: that is a `StuckTransferError`, after which the extents must not be given back to the server while this process lives.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from lmcache.errors import DeadlineError, LayoutMismatchError, LMCacheError
+from lmcache.layout import KVLayout
+from lmcache.transfer.base import ChunkCopier, Extent
+from lmcache.transfer.driver import driver
+from lmcache.transfer.kernels import SKIPPED, BlockMover
+from lmcache.transfer.pinning import address_of
+
+# A transfer of 4 GiB takes 80 ms; one that takes this long will not come to an end.
+TRANSFER_SECONDS = 20.0
+DEFAULT_STAGING_BYTES = 128 << 20
+# In each direction. The first copy waits for the first gather, so a piece is small beside a chunk.
+NUM_SLOTS = 4
+# One copy to host at a time holds back others in its direction (a sampled token's) by 0.15 ms at 55 GB/s.
+STORE_COPY_BYTES = 8 << 20
+FIRST_POLL_SECONDS = 20e-6
+LAST_POLL_SECONDS = 100e-6
+
+
+class StuckTransferError(DeadlineError):
+    """A copy did not come to an end: what it writes to may be written at any time until this process ends."""
+
+    code = "stuck_transfer"
+
+
+class CancelledTransferError(LMCacheError):
+    """A store was given up; its extents are not to be committed."""
+
+    code = "cancelled_transfer"
+
+
+class Pinned(Protocol):
+    """What `CudaCopier` asks of the mapping that extents lie in: `pinning.PoolPinner` answers."""
+
+    def is_pinned(self, address: int, num_bytes: int) -> bool:
+        """Tell whether copies of this range are asynchronous and fast."""
+
+    def split(self, address: int, num_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts that one copy may cover."""
+
+
+class Pageable:
+    """Memory that is not pinned at all."""
+
+    def is_pinned(self, address: int, num_bytes: int) -> bool:
+        """No."""
+        return False
+
+    def split(self, address: int, num_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the whole range."""
+        yield address, num_bytes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What goes through a slot at once: some whole chunks, or some planes of one."""
+
+    chunks: range
+    planes: range
+
+
+@dataclass
+class Slot:
+    """Device memory for one piece, and the event after which it may be filled again."""
+
+    buffer: torch.Tensor
+    is_free: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+
+
+class Lane:
+    """The slots and streams of one direction."""
+
+    def __init__(self, device: torch.device, slot_bytes: int) -> None:
+        # Kernels of a few µs: ahead of the model's, where both are ready.
+        self.kernels = torch.cuda.Stream(device, priority=-1)
+        self.copies = torch.cuda.Stream(device)
+        self._slots = [Slot(torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for _ in range(NUM_SLOTS)]
+        self._next = 0
+
+    def next_slot(self) -> Slot:
+        """Return the slot that was used longest ago."""
+        self._next = (self._next + 1) % NUM_SLOTS
+        return self._slots[self._next]
+
+
+class Transfer:
+    """A transfer under way; keeps alive what it needs."""
+
+    def __init__(self, kept: Sequence[Any] = ()) -> None:
+        self._done = torch.cuda.Event()
+        self._kept = kept
+
+    def end(self, stream: torch.cuda.Stream) -> None:
+        """All of it has been handed to this stream, or streams that it waits for."""
+        self._done.record(stream)
+
+    def hold_back(self, stream: torch.cuda.Stream) -> None:
+        """Let what comes next on a stream wait for the transfer."""
+        stream.wait_event(self._done)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last byte is where it should be."""
+        return bool(self._done.query())
+
+    def wait(self, seconds: float = TRANSFER_SECONDS) -> None:
+        """Return when the last byte is where it should be.
+
+        Raises: StuckTransferError.
+        """
+        wait_for(self._done, seconds)
+        self._kept = ()
+
+
+def wait_for(event: torch.cuda.Event, seconds: float) -> None:
+    """Return when an event has happened, without holding the GIL meanwhile.
+
+    Raises: StuckTransferError.
+    """
+    deadline = time.monotonic() + seconds
+    pause = FIRST_POLL_SECONDS
+    while not event.query():
+        if time.monotonic() > deadline:
+            raise StuckTransferError(f"a transfer did not end within {seconds:g} s", "restart the engine; see its log")
+        time.sleep(pause)
+        pause = min(pause * 1.5, LAST_POLL_SECONDS)
+
+
+class CudaCopier(ChunkCopier):
+    """Copies through a ring of staging slots on the planes' device.
+
+    Stores and loads may run at once, each on one thread at a time.
+
+    Args:
+        planes: one for each plane of each layer, as `cpu.block_plane` returns them.
+        staging_bytes: device memory for the slots of both directions, taken now.
+        uses_triton: None takes Triton where it is installed.
+    Raises: LayoutMismatchError when the planes are not what the layout says; CudaError without a driver.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        planes: Sequence[torch.Tensor],
+        staging_bytes: int = DEFAULT_STAGING_BYTES,
+        uses_triton: bool | None = None,
+    ) -> None:
+        super().__init__(layout, planes[0].shape[0] if planes else 0)
+        shape = (self.num_blocks, layout.block_bytes)
+        if len(planes) != layout.num_layers * layout.num_planes or any(tuple(plane.shape) != shape for plane in planes):
+            raise LayoutMismatchError(
+                f"{len(planes)} planes, not all of {list(shape)}, are not the layout's {layout.num_layers * layout.num_planes}"
+            )
+        self._driver = driver()
+        self._device = planes[0].device
+        self._num_planes = len(planes)
+        self._mover = BlockMover(planes, uses_triton)
+        self._slot_bytes = staging_bytes // (2 * NUM_SLOTS)
+        if self._slot_bytes < layout.block_bytes:
+            raise LayoutMismatchError(
+                f"{staging_bytes} bytes of staging memory hold no four blocks of {layout.block_bytes} bytes",
+                hint="raise lmcache.mp.staging_mib",
+            )
+        self._stores = Lane(self._device, self._slot_bytes)
+        self._loads = Lane(self._device, self._slot_bytes)
+        self._reading = threading.Lock()
+        # The pool's mapping; unpinned until somebody says otherwise.
+        self.pinned: Pinned = Pageable()
+        self.unpinned_bytes = 0
+        self._warm_up()
+
+    @property
+    def uses_triton(self) -> bool:
+        """Whether one launch moves all layers."""
+        return self._mover.uses_triton
+
+    def compute_fence(self) -> torch.cuda.Event:
+        """Return an event after all that the current stream was given so far."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    # -- device to host -----------------------------------------------------------------------------------------------
+
+    def gather(
+        self,
+        block_ids: Sequence[int],
+        extents: Sequence[Extent],
+        after: torch.cuda.Event | None = None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Copy whole chunks from engine blocks into writable extents; done on return.
+
+        No more than the slots are under way at once, so that others' copies are not held back and little is left to wait for.
+
+        Args:
+            after: the event from which on the blocks hold what is to be copied; None: all that was launched until now.
+            is_cancelled: asked before each piece is read, under the lock of `protect_blocks`.
+        Raises: CancelledTransferError: the extents hold garbage. StuckTransferError: they may be written at any time.
+        """
+        if not extents and not block_ids:
+            return
+        size = self.check(block_ids, extents)
+        if len(block_ids) != size * len(extents):
+            raise LayoutMismatchError(f"{len(block_ids)} block ids do not fill {len(extents)} extents of {size} blocks")
+        after = after or self.compute_fence()
+        lane, transfer = self._stores, Transfer()
+        with torch.cuda.device(self._device), torch.cuda.stream(lane.kernels):
+            try:
+                ids = self._to_device(block_ids)
+                for piece in self._pieces(len(extents), size):
+                    slot = lane.next_slot()
+                    wait_for(slot.is_free, TRANSFER_SECONDS)
+                    with self._reading:
+                        if is_cancelled():
+                            raise CancelledTransferError("a store was cancelled: its blocks are used anew")
+                        lane.kernels.wait_event(after)
+                        self._mover.gather(_span(ids, piece, size), slot.buffer, piece.planes, size)
+                    lane.copies.wait_stream(lane.kernels)
+                    self._copy(piece, size, extents, slot, lane.copies, to_host=True)
+                    slot.is_free.record(lane.copies)
+            finally:  # whatever happened, nothing writes to the extents when this returns
+                transfer.end(lane.copies)
+                transfer.wait()
+
+    def protect_blocks(self) -> None:
+        """Let what the current stream is given next wait until blocks that stores are reading have been read."""
+        with self._reading:
+            torch.cuda.current_stream(self._device).wait_stream(self._stores.kernels)
+
+    # -- host to device -----------------------------------------------------------------------------------------------
+
+    def scatter(self, extents: Sequence[Extent], block_ids: Sequence[int], skip_blocks: int = 0) -> None:
+        """Copy chunks, or what of them `block_ids` have room for, into engine blocks; done on return."""
+        self.begin_scatter(extents, block_ids, skip_blocks).wait()
+
+    def begin_scatter(self, extents: Sequence[Extent], block_ids: Sequence[int], skip_blocks: int = 0) -> Transfer:
+        """Start to copy chunks into engine blocks, after what the current stream was given, and before what it is given next.
+
+        The caller keeps the extents readable until the transfer's `wait` has returned.
+        """
+        lane = self._loads
+        transfer = Transfer(extents)
+        compute = torch.cuda.current_stream(self._device)
+        before = self.compute_fence()
+        if block_ids:
+            size = self.check(block_ids, extents, skip_blocks)
+            padded = [SKIPPED] * skip_blocks + list(block_ids)
+            used = -(-len(padded) // size)
+            padded += [SKIPPED] * (used * size - len(padded))
+            ids = None
+            with torch.cuda.device(self._device), torch.cuda.stream(lane.kernels):
+                for piece in self._pieces(used, size):
+                    slot = lane.next_slot()
+                    lane.copies.wait_event(slot.is_free)
+                    self._copy(piece, size, extents, slot, lane.copies, to_host=False)
+                    if ids is None:  # the wire is busy by now
+                        ids = self._to_device(padded)
+                        lane.kernels.wait_event(before)
+                    lane.kernels.wait_stream(lane.copies)
+                    self._mover.scatter(_span(ids, piece, size), slot.buffer, piece.planes, size)
+                    slot.is_free.record(lane.kernels)
+        transfer.end(lane.kernels)
+        transfer.hold_back(compute)
+        return transfer
+
+    # -- pieces -------------------------------------------------------------------------------------------------------
+
+    def _pieces(self, num_chunks: int, blocks_per_chunk: int) -> Iterator[Piece]:
+        """Yield what fits a slot: whole chunks, or planes of one chunk where it is larger than a slot."""
+        plane_bytes = blocks_per_chunk * self.layout.block_bytes
+        chunks_per_slot = self._slot_bytes // (plane_bytes * self._num_planes)
+        if chunks_per_slot:
+            for start in range(0, num_chunks, chunks_per_slot):
+                yield Piece(range(start, min(start + chunks_per_slot, num_chunks)), range(self._num_planes))
+            return
+        planes_per_slot = self._slot_bytes // plane_bytes
+        if not planes_per_slot:
+            raise LayoutMismatchError(
+                f"one layer of a chunk has {plane_bytes} bytes, a staging slot {self._slot_bytes}",
+                hint="raise lmcache.mp.staging_mib, or use a smaller --chunk-size",
+            )
+        for chunk in range(num_chunks):
+            for start in range(0, self._num_planes, planes_per_slot):
+                yield Piece(range(chunk, chunk + 1), range(start, min(start + planes_per_slot, self._num_planes)))
+
+    def _copy(
+        self,
+        piece: Piece,
+        blocks_per_chunk: int,
+        extents: Sequence[Extent],
+        slot: Slot,
+        stream: torch.cuda.Stream,
+        to_host: bool,
+    ) -> None:
+        """Hand the copy engine what lies between a slot and its extents: neighbours in the pool as one copy."""
+        plane_bytes = blocks_per_chunk * self.layout.block_bytes
+        length = len(piece.planes) * plane_bytes
+        offset = piece.planes.start * plane_bytes
+        starts = [address_of(extents[chunk]) + offset for chunk in piece.chunks]
+        at = slot.buffer.data_ptr()
+        limit = STORE_COPY_BYTES if to_host else length * len(starts)
+        handle = stream.cuda_stream
+        for address, num_bytes in _runs(starts, length):
+            if not self.pinned.is_pinned(address, num_bytes):
+                self.unpinned_bytes += num_bytes
+            for part, part_bytes in self.pinned.split(address, num_bytes):
+                for start in range(0, part_bytes, limit):
+                    count = min(limit, part_bytes - start)
+                    if to_host:
+                        self._driver.copy_to_host(part + start, at, count, handle)
+                    else:
+                        self._driver.copy_to_device(at, part + start, count, handle)
+                    at += count
+
+    def _to_device(self, block_ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(block_ids, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
+
+    def _warm_up(self) -> None:
+        """Compile and load the kernels now, not within the first request; moves nothing."""
+        none = torch.full((1,), SKIPPED, dtype=torch.int64, device=self._device)
+        planes = range(self._num_planes)
+        self._mover.scatter(none, self._loads.next_slot().buffer, range(1), 1)
+        if self._slot_bytes >= self.layout.block_bytes * self._num_planes:
+            first = torch.zeros(1, dtype=torch.int64, device=self._device)
+            self._mover.gather(first, self._stores.next_slot().buffer, planes, 1)
+        torch.cuda.synchronize(self._device)
+
+
+def _span(block_ids: torch.Tensor, piece: Piece, blocks_per_chunk: int) -> torch.Tensor:
+    return block_ids[piece.chunks.start * blocks_per_chunk : piece.chunks.stop * blocks_per_chunk]
+
+
+def _runs(starts: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
+    """Yield (address, bytes) of ranges of one length, neighbours joined."""
+    first, end = starts[0], starts[0] + length
+    for start in starts[1:]:
+        if start != end:
+            yield first, end - first
+            first = start
+        end = start + length
+    yield first, end - first
