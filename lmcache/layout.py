@@ -14,7 +14,7 @@ from lmcache.errors import UsageError
 
 # What can be cached: one group of layers whose KV is kept for every token and found through one block table, by vLLM's name.
 SUPPORTED_KV_GROUPS = ("FullAttentionSpec", "MLAAttentionSpec")
-SUPPORTED_DEVICES = ("cpu",)
+SUPPORTED_DEVICES = ("cpu", "cuda")
 
 Layers = Annotated[int, Meta(ge=1, le=1 << 16)]
 PieceBytes = Annotated[int, Meta(ge=1, le=1 << 40)]

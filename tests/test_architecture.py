@@ -71,8 +71,9 @@ BROAD_EXCEPTS = {
     ("cli/prompts.py", "load_tokenizer"),  # the tokenizers library raises bare Exception
     ("cli/commands/bench/engine.py", "run_vllm"),  # vLLM's benchmark raises and exits as it likes
     ("integration/vllm/worker.py", "register"),  # an engine that we do not understand serves on without us
-    ("integration/vllm/worker.py", "_load"),  # vLLM must hear which blocks are not filled
-    ("integration/vllm/worker.py", "store_span"),  # a store that fails is a chunk that is not there next time
+    ("integration/vllm/worker.py", "_begin_load"),  # vLLM must hear which blocks are not filled
+    ("integration/vllm/worker.py", "_settle"),  # the same
+    ("integration/vllm/worker.py", "_store_job"),  # a store that fails is a chunk that is not there next time
     ("integration/vllm/lmcache_mp_connector.py", "_as_a_miss"),  # to the engine, a failing cache is a miss
 }
 # Waits without a deadline of their own, each with why it ends.

@@ -76,6 +76,8 @@ INLINE_BATCH_BYTES = 32 << 20
 Buffer = bytes | bytearray | memoryview
 # (client id, checksums) -> the request
 MakePut = Callable[[str, list[int]], Put]
+# What is done with a pool that was mapped; returns how that is undone before it is unmapped.
+WatchMapping = Callable[[PoolView], Callable[[], None]]
 
 
 def checksum(data: Buffer) -> int:
@@ -99,6 +101,12 @@ class Attachment:
         self._presence = presence
         self._lock = threading.Lock()
         self._num_users = 1
+        self._unwatch: Callable[[], None] | None = None
+
+    def watch(self, watch: WatchMapping) -> None:
+        """Tell of the mapping, if there is one, while the caller holds it; what `watch` returns is called before it goes."""
+        if self.view is not None and self._unwatch is None:
+            self._unwatch = watch(self.view)
 
     def try_acquire(self) -> bool:
         """Keep everything open until the matching `release`; False when it is closed already."""
@@ -112,6 +120,8 @@ class Attachment:
             self._num_users -= 1
             is_last = self._num_users == 0
         if is_last:
+            if self._unwatch is not None:
+                self._unwatch()
             if self.view is not None:
                 self.view.close()
             if self._presence is not None:
@@ -179,6 +189,10 @@ class Reservation:
                 self._client.note_failure(exc)
             finally:
                 self._close()
+
+    def keep_for_ever(self) -> None:
+        """Never give the places back while this process lives: something may still write to them."""
+        self._is_open = False
 
     def _give_back(self) -> None:
         if self._placements:
@@ -405,6 +419,7 @@ class KVCacheClient:
         self._introducing = threading.Lock()
         self._attachment: Attachment | None = None
         self._registration: Callable[[Attachment], RegisterKVCache] | None = None
+        self._watch: WatchMapping | None = None
         self._down_reason = ""
         self._log = RateLimitedLog(logger)
         self._stop = threading.Event()
@@ -459,6 +474,18 @@ class KVCacheClient:
         """Whether chunks travel over the socket, because the pool is not or cannot be mapped."""
         return self.attach().view is None
 
+    def watch_mapping(self, watch: WatchMapping) -> None:
+        """Tell of the pool that is mapped now, and of each that will be: a GPU's driver has to know of it."""
+        self._watch = watch  # an introduction under way will see it
+        if self._introducing.acquire(timeout=self.mq.timeout_seconds):
+            try:
+                attachment = self._attachment
+                if attachment is not None and attachment.try_acquire():
+                    attachment.watch(watch)
+                    attachment.release()
+            finally:
+                self._introducing.release()
+
     def _introduce_and_register(self) -> Attachment:
         self._check_up()
         attachment = self._introduce()
@@ -471,6 +498,8 @@ class KVCacheClient:
         except LMCacheError:
             attachment.release()
             raise
+        if self._watch is not None:
+            attachment.watch(self._watch)
         self._attachment = attachment
         return attachment
 

@@ -1,7 +1,7 @@
 """The one interface for moving KV: gather blocks into chunk extents, scatter them back.
 
-Comes in: block ids, and extents that `client/kvcache.py` reserved or pinned. Goes out: bytes in the
-pool or in the engine's tensors, raw, without interpretation. The last module on the data path.
+Comes in: block ids, and extents that `client/kvcache.py` reserved or pinned. Goes out: bytes in the pool or in the engine's
+tensors, raw, without interpretation. The last module on the data path; `cpu.py` and `cuda.py` do it.
 
 The bytes of one chunk, which every copier produces and the layout's fingerprint vouches for:
 
@@ -16,12 +16,38 @@ Block b of plane p of layer l thus starts at
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from lmcache.errors import LayoutMismatchError
+from lmcache.errors import DeadlineError, LayoutMismatchError, LMCacheError
 from lmcache.layout import KVLayout
+from lmcache.pool import PoolView
 
 Extent = memoryview
+# A transfer of 4 GiB to or from a GPU takes 80 ms; one that takes this long will not come to an end.
+TRANSFER_SECONDS = 20.0
+
+
+class StuckTransferError(DeadlineError):
+    """A copy did not come to an end: what it writes to may be written at any time until this process ends."""
+
+    code = "stuck_transfer"
+
+
+class CancelledTransferError(LMCacheError):
+    """A store was given up; its extents are not to be committed."""
+
+    code = "cancelled_transfer"
+
+
+class Transfer:
+    """A transfer to the engine's blocks that may still be under way; this one is done."""
+
+    def wait(self, seconds: float) -> None:
+        """Return when the last byte is where it should be.
+
+        Raises: StuckTransferError.
+        """
 
 
 class ChunkCopier(ABC):
@@ -31,18 +57,30 @@ class ChunkCopier(ABC):
     when an argument does not fit. One thread at a time.
     """
 
+    # Whether a store takes longer than an engine's step should wait: then it belongs on a thread of its own.
+    stores_later = False
+
     def __init__(self, layout: KVLayout, num_blocks: int) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
 
     @abstractmethod
-    def gather(self, block_ids: Sequence[int], extents: Sequence[Extent]) -> None:
+    def gather(
+        self,
+        block_ids: Sequence[int],
+        extents: Sequence[Extent],
+        after: Any = None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Copy whole chunks from engine blocks into writable extents; done on return.
 
         Args:
             block_ids: the blocks of all chunks in token order. The engine writes none of them
                 meanwhile.
-        Raises: LayoutMismatchError.
+            after: a `fence` after which the blocks hold what is to be copied; None: they do now.
+            is_cancelled: asked before each piece is read.
+        Raises: LayoutMismatchError; CancelledTransferError, the extents hold garbage;
+            StuckTransferError, they may be written at any time from now on.
         """
 
     @abstractmethod
@@ -54,6 +92,25 @@ class ChunkCopier(ABC):
                 may end inside the last chunk. The engine touches none of them meanwhile.
         Raises: LayoutMismatchError.
         """
+
+    def begin_scatter(self, extents: Sequence[Extent], block_ids: Sequence[int], skip_blocks: int = 0) -> Transfer:
+        """Start to `scatter`, before whatever the engine's device is given next.
+
+        The caller keeps the extents readable until the transfer's `wait` has returned.
+        """
+        self.scatter(extents, block_ids, skip_blocks)
+        return Transfer()
+
+    def fence(self) -> Any:
+        """Return what stands for all that the calling thread has given the engine's device until now."""
+        return None
+
+    def protect_blocks(self) -> None:  # noqa: B027 - nothing to do where stores are done on return
+        """Let what the device is given next wait until blocks that stores are reading have been read."""
+
+    def pin_pool(self, view: PoolView) -> Callable[[], None]:
+        """Prepare a mapped pool for copies, in the background; return how to undo that before it is unmapped."""
+        return lambda: None
 
     def check(self, block_ids: Sequence[int], extents: Sequence[Extent], skip_blocks: int = 0) -> int:
         """Return the blocks of one extent, if all ids are the engine's and fit after those skipped.

@@ -6,7 +6,8 @@ planes that any copier starts from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,18 @@ import torch
 from lmcache.errors import LayoutMismatchError
 from lmcache.layout import KVLayout
 from lmcache.transfer.base import ChunkCopier, Extent
+
+
+def block_planes(tensor: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
+    """Return one layer's KV as bytes, one plane or several, [num_blocks, block bytes] each, in the tensor's own memory.
+
+    Args:
+        tensor: blocks first, or planes first and blocks next, as where keys and values lie apart.
+    Raises: LayoutMismatchError when the bytes of a block do not lie together.
+    """
+    if tensor.shape[0] % num_blocks and tensor.dim() > 2 and tensor.shape[1] % num_blocks == 0:
+        return [block_plane(part, num_blocks) for part in tensor.unbind(0)]
+    return [block_plane(tensor, num_blocks)]
 
 
 def block_plane(tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
@@ -49,11 +62,12 @@ class CpuCopier(ChunkCopier):
     """Copies on the calling thread, one library call a plane and chunk.
 
     Args:
-        planes: one for each plane of each layer, as `block_plane` returns them.
+        planes: one for each plane of each layer, as `block_planes` returns them.
+        staging_bytes: not needed here.
     Raises: LayoutMismatchError when they are not what the layout says, or not in host memory.
     """
 
-    def __init__(self, layout: KVLayout, planes: Sequence[torch.Tensor]) -> None:
+    def __init__(self, layout: KVLayout, planes: Sequence[torch.Tensor], staging_bytes: int = 0) -> None:
         super().__init__(layout, planes[0].shape[0] if planes else 0)
         num_planes = layout.num_layers * layout.num_planes
         shape = (self.num_blocks, layout.block_bytes)
@@ -66,7 +80,13 @@ class CpuCopier(ChunkCopier):
         self._planes = list(planes)
         self._arrays = [plane.numpy() for plane in planes]
 
-    def gather(self, block_ids: Sequence[int], extents: Sequence[Extent]) -> None:
+    def gather(
+        self,
+        block_ids: Sequence[int],
+        extents: Sequence[Extent],
+        after: Any = None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Copy whole chunks from engine blocks into writable extents."""
         if not extents and not block_ids:
             return

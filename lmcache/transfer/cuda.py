@@ -23,15 +23,21 @@ from typing import Any, Protocol
 
 import torch
 
-from lmcache.errors import DeadlineError, LayoutMismatchError, LMCacheError
+from lmcache.errors import LayoutMismatchError
 from lmcache.layout import KVLayout
-from lmcache.transfer.base import ChunkCopier, Extent
+from lmcache.pool import PoolView
+from lmcache.transfer.base import (
+    TRANSFER_SECONDS,
+    CancelledTransferError,
+    ChunkCopier,
+    Extent,
+    StuckTransferError,
+    Transfer,
+)
 from lmcache.transfer.driver import driver
 from lmcache.transfer.kernels import SKIPPED, BlockMover
-from lmcache.transfer.pinning import address_of
+from lmcache.transfer.pinning import PoolPinner, address_of
 
-# A transfer of 4 GiB takes 80 ms; one that takes this long will not come to an end.
-TRANSFER_SECONDS = 20.0
 DEFAULT_STAGING_BYTES = 128 << 20
 # In each direction. The first copy waits for the first gather, so a piece is small beside a chunk.
 NUM_SLOTS = 4
@@ -39,18 +45,6 @@ NUM_SLOTS = 4
 STORE_COPY_BYTES = 8 << 20
 FIRST_POLL_SECONDS = 20e-6
 LAST_POLL_SECONDS = 100e-6
-
-
-class StuckTransferError(DeadlineError):
-    """A copy did not come to an end: what it writes to may be written at any time until this process ends."""
-
-    code = "stuck_transfer"
-
-
-class CancelledTransferError(LMCacheError):
-    """A store was given up; its extents are not to be committed."""
-
-    code = "cancelled_transfer"
 
 
 class Pinned(Protocol):
@@ -107,8 +101,8 @@ class Lane:
         return self._slots[self._next]
 
 
-class Transfer:
-    """A transfer under way; keeps alive what it needs."""
+class CudaTransfer(Transfer):
+    """A transfer that the device has been handed; keeps alive what it needs."""
 
     def __init__(self, kept: Sequence[Any] = ()) -> None:
         self._done = torch.cuda.Event()
@@ -127,7 +121,7 @@ class Transfer:
         """Whether the last byte is where it should be."""
         return bool(self._done.query())
 
-    def wait(self, seconds: float = TRANSFER_SECONDS) -> None:
+    def wait(self, seconds: float) -> None:
         """Return when the last byte is where it should be.
 
         Raises: StuckTransferError.
@@ -156,11 +150,13 @@ class CudaCopier(ChunkCopier):
     Stores and loads may run at once, each on one thread at a time.
 
     Args:
-        planes: one for each plane of each layer, as `cpu.block_plane` returns them.
+        planes: one for each plane of each layer, as `cpu.block_planes` returns them.
         staging_bytes: device memory for the slots of both directions, taken now.
         uses_triton: None takes Triton where it is installed.
     Raises: LayoutMismatchError when the planes are not what the layout says; CudaError without a driver.
     """
+
+    stores_later = True
 
     def __init__(
         self,
@@ -198,11 +194,26 @@ class CudaCopier(ChunkCopier):
         """Whether one launch moves all layers."""
         return self._mover.uses_triton
 
-    def compute_fence(self) -> torch.cuda.Event:
+    def fence(self) -> torch.cuda.Event:
         """Return an event after all that the current stream was given so far."""
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+    def pin_pool(self, view: PoolView) -> Callable[[], None]:
+        """Pin a mapped pool in the background."""
+        with torch.cuda.device(self._device):
+            context = self._driver.current_context()
+        pinner = PoolPinner(self._driver, context, address_of(view.data), view.data.nbytes)
+        self.pinned = pinner
+        pinner.start()
+
+        def undo() -> None:
+            if self.pinned is pinner:
+                self.pinned = Pageable()
+            pinner.close()
+
+        return undo
 
     # -- device to host -----------------------------------------------------------------------------------------------
 
@@ -210,7 +221,7 @@ class CudaCopier(ChunkCopier):
         self,
         block_ids: Sequence[int],
         extents: Sequence[Extent],
-        after: torch.cuda.Event | None = None,
+        after: Any = None,
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         """Copy whole chunks from engine blocks into writable extents; done on return.
@@ -227,8 +238,8 @@ class CudaCopier(ChunkCopier):
         size = self.check(block_ids, extents)
         if len(block_ids) != size * len(extents):
             raise LayoutMismatchError(f"{len(block_ids)} block ids do not fill {len(extents)} extents of {size} blocks")
-        after = after or self.compute_fence()
-        lane, transfer = self._stores, Transfer()
+        after = after or self.fence()
+        lane, transfer = self._stores, CudaTransfer()
         with torch.cuda.device(self._device), torch.cuda.stream(lane.kernels):
             try:
                 ids = self._to_device(block_ids)
@@ -245,7 +256,7 @@ class CudaCopier(ChunkCopier):
                     slot.is_free.record(lane.copies)
             finally:  # whatever happened, nothing writes to the extents when this returns
                 transfer.end(lane.copies)
-                transfer.wait()
+                transfer.wait(TRANSFER_SECONDS)
 
     def protect_blocks(self) -> None:
         """Let what the current stream is given next wait until blocks that stores are reading have been read."""
@@ -256,37 +267,44 @@ class CudaCopier(ChunkCopier):
 
     def scatter(self, extents: Sequence[Extent], block_ids: Sequence[int], skip_blocks: int = 0) -> None:
         """Copy chunks, or what of them `block_ids` have room for, into engine blocks; done on return."""
-        self.begin_scatter(extents, block_ids, skip_blocks).wait()
+        self.begin_scatter(extents, block_ids, skip_blocks).wait(TRANSFER_SECONDS)
 
-    def begin_scatter(self, extents: Sequence[Extent], block_ids: Sequence[int], skip_blocks: int = 0) -> Transfer:
+    def begin_scatter(self, extents: Sequence[Extent], block_ids: Sequence[int], skip_blocks: int = 0) -> CudaTransfer:
         """Start to copy chunks into engine blocks, after what the current stream was given, and before what it is given next.
 
         The caller keeps the extents readable until the transfer's `wait` has returned.
         """
         lane = self._loads
-        transfer = Transfer(extents)
+        transfer = CudaTransfer(extents)
         compute = torch.cuda.current_stream(self._device)
-        before = self.compute_fence()
+        before = self.fence()
         if block_ids:
             size = self.check(block_ids, extents, skip_blocks)
             padded = [SKIPPED] * skip_blocks + list(block_ids)
             used = -(-len(padded) // size)
             padded += [SKIPPED] * (used * size - len(padded))
-            ids = None
-            with torch.cuda.device(self._device), torch.cuda.stream(lane.kernels):
-                for piece in self._pieces(used, size):
-                    slot = lane.next_slot()
-                    lane.copies.wait_event(slot.is_free)
-                    self._copy(piece, size, extents, slot, lane.copies, to_host=False)
-                    if ids is None:  # the wire is busy by now
-                        ids = self._to_device(padded)
-                        lane.kernels.wait_event(before)
-                    lane.kernels.wait_stream(lane.copies)
-                    self._mover.scatter(_span(ids, piece, size), slot.buffer, piece.planes, size)
-                    slot.is_free.record(lane.kernels)
-        transfer.end(lane.kernels)
-        transfer.hold_back(compute)
+            try:
+                self._load_pieces(lane, padded, used, size, extents, before)
+            finally:  # of what was launched nothing may come after what the caller does next
+                transfer.end(lane.kernels)
+                transfer.hold_back(compute)
         return transfer
+
+    def _load_pieces(
+        self, lane: Lane, block_ids: list[int], num_chunks: int, size: int, extents: Sequence[Extent], before: torch.cuda.Event
+    ) -> None:
+        ids = None
+        with torch.cuda.device(self._device), torch.cuda.stream(lane.kernels):
+            for piece in self._pieces(num_chunks, size):
+                slot = lane.next_slot()
+                lane.copies.wait_event(slot.is_free)
+                self._copy(piece, size, extents, slot, lane.copies, to_host=False)
+                if ids is None:  # the wire is busy by now
+                    ids = self._to_device(block_ids)
+                    lane.kernels.wait_event(before)
+                lane.kernels.wait_stream(lane.copies)
+                self._mover.scatter(_span(ids, piece, size), slot.buffer, piece.planes, size)
+                slot.is_free.record(lane.kernels)
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ step is planned before the one before it was heard of), and the `recompute` poli
 """
 
 import hashlib
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -98,6 +99,8 @@ class SimEngine:
         self.waiting = deque()
         self.running = []
         self.in_flight = deque()
+        self.held = {}
+        self.preempted = set()
         self.num_loaded_tokens = 0
         self.num_failed_loads = 0
 
@@ -107,10 +110,13 @@ class SimEngine:
 
     @property
     def has_work(self):
-        return bool(self.waiting or self.running or self.in_flight)
+        return bool(self.waiting or self.running or self.in_flight or self.held)
 
     def step(self):
         work, output = self._schedule()
+        if self.held and not work:
+            time.sleep(1e-3)  # stores in the background take their time
+        output.preempted_req_ids, self.preempted = self.preempted, set()
         plan = self.scheduler.plan_loads()
         self.scheduler.plan_stores(plan, output)
         self.in_flight.append((work, self._execute(plan, work)))
@@ -215,6 +221,7 @@ class SimEngine:
 
     def preempt(self, request):
         self.running.remove(request)
+        self.preempted.add(request.request_id)
         self._release(request)
         request.num_computed, request.was_preempted = 0, True
         request.life += 1  # what is in flight of it is stale
@@ -246,7 +253,9 @@ class SimEngine:
         request.block_ids = []
 
     def _update(self, work, result):
-        failed, report = result
+        failed, report, released = result
+        for request_id in released:
+            self._release(self.held.pop(request_id))
         if failed:
             self.num_failed_loads += 1
             self._roll_back(work, failed)
@@ -283,7 +292,10 @@ class SimEngine:
     def _finish(self, request):
         self.running.remove(request)
         self.on_finish(request)
-        self._release(request)
+        if self.scheduler.hold_blocks(request.request_id):
+            self.held[request.request_id] = request
+        else:
+            self._release(request)
         self.scheduler.finished(request.request_id)
 
     def on_finish(self, request):
@@ -296,6 +308,7 @@ class SimEngine:
     # -- the worker's process ------------------------------------------------------------------
 
     def _execute(self, plan, work):
+        self.worker.give_up(plan.preempted)
         self.worker.load(plan)
         for part in work:
             for index in range(part.start // BLOCK_SIZE, part.end // BLOCK_SIZE):
@@ -305,7 +318,8 @@ class SimEngine:
                     kv = block_kv(layer, previous, tokens)
                     plane[part.block_ids[index]] = plane.new_tensor(list(kv))
         self.worker.store(plan)
-        return self.worker.take_failed_blocks(), self.worker.take_report()
+        released = self.worker.take_released()
+        return self.worker.take_failed_blocks(), self.worker.take_report(), released
 
 
 def _empty_output():
@@ -313,4 +327,5 @@ def _empty_output():
         scheduled_new_reqs=[],
         scheduled_cached_reqs=SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set()),
         num_scheduled_tokens={},
+        preempted_req_ids=None,
     )

@@ -1,7 +1,9 @@
 """Both halves of the plug-in under a simulated engine and a real server: no wrong byte, ever."""
 
 import contextlib
+import functools
 import random
+import threading
 import time
 
 import msgspec
@@ -14,6 +16,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from lmcache.client.kvcache import KVCacheClient  # noqa: E402
 from lmcache.errors import DeadlineError, StaleReadError, UnreachableError, UsageError  # noqa: E402
+from lmcache.integration.vllm import background  # noqa: E402
 from lmcache.integration.vllm.scheduler import SchedulerHalf  # noqa: E402
 from lmcache.integration.vllm.steps import (  # noqa: E402
     ChunkSpan,
@@ -26,6 +29,7 @@ from lmcache.integration.vllm.worker import WorkerHalf  # noqa: E402
 from lmcache.keys import Namespace, chunk_keys, split_keys  # noqa: E402
 from lmcache.layout import KVLayout  # noqa: E402
 from lmcache.protocol import Clear, Evict  # noqa: E402
+from lmcache.transfer.base import CancelledTransferError, StuckTransferError  # noqa: E402
 from lmcache.transfer.cpu import CpuCopier  # noqa: E402
 from tests.integration.simulated_engine import (  # noqa: E402
     BLOCK_BYTES,
@@ -67,6 +71,30 @@ class FaultyClient(KVCacheClient):
         raise StaleReadError("the test says so")
 
 
+class LaterCopier(CpuCopier):
+    """A fake of a GPU's copier, in host memory: stores go on in the background, slowly, and may be cancelled between chunks."""
+
+    stores_later = True
+
+    def __init__(self, *args, pause_seconds=0.0):
+        super().__init__(*args)
+        self.pause_seconds = pause_seconds
+        self._reading = threading.Lock()
+
+    def gather(self, block_ids, extents, after=None, is_cancelled=lambda: False):
+        size = len(block_ids) // max(1, len(extents))
+        for index, extent in enumerate(extents):
+            time.sleep(self.pause_seconds)
+            with self._reading:
+                if is_cancelled():
+                    raise CancelledTransferError("cancelled")
+                super().gather(block_ids[index * size : (index + 1) * size], [extent])
+
+    def protect_blocks(self):
+        with self._reading:
+            pass
+
+
 class OneFault(random.Random):
     """Chooses the same fault each time."""
 
@@ -87,7 +115,16 @@ def server():
 class Setup:
     """An engine with both halves attached to an emptied server."""
 
-    def __init__(self, server, num_blocks=48, faults=None, saves_decode=False, lookup_timeout_seconds=30.0, **engine):
+    def __init__(
+        self,
+        server,
+        num_blocks=48,
+        faults=None,
+        saves_decode=False,
+        lookup_timeout_seconds=30.0,
+        make_copier=CpuCopier,
+        **engine,
+    ):
         with KVCacheClient(server.zmq_url) as client:
             client.mq.call(Clear())
         self.planes = [torch.full((num_blocks, BLOCK_BYTES), 0xEE, dtype=torch.uint8) for _ in range(NUM_LAYERS)]
@@ -100,7 +137,8 @@ class Setup:
             self.scheduler_client, saves_decode=saves_decode, lookup_timeout_seconds=lookup_timeout_seconds
         )
         self.worker = WorkerHalf(self.worker_client)
-        self.worker.start(CpuCopier(LAYOUT, self.planes), self.namespace)
+        self.copier = make_copier(LAYOUT, self.planes)
+        self.worker.start(self.copier, self.namespace)
         self.scheduler.hear([self.worker.hello])
         self.engine = SimEngine(self.scheduler, self.worker, self.planes, **engine)
 
@@ -119,6 +157,13 @@ class Setup:
                 return
             self.engine.step()
         raise AssertionError("the engine does not come to an end")
+
+    def wait_for_stores(self):
+        """Return when nothing is left to store."""
+        deadline = time.monotonic() + 60
+        while self.worker._background is not None and self.worker._background._jobs:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
     def chunk_namespace(self, cache_salt=""):
         return msgspec.structs.replace(self.namespace, chunk_size=CHUNK_SIZE, cache_salt=cache_salt)
@@ -164,11 +209,16 @@ def make_requests(generator, count):
     has_prefix_cache=st.booleans(),
     max_part=st.sampled_from([STEP_TOKENS, 6]),
     fault_rate=st.sampled_from([0.0, 0.0, 0.2, 0.6]),
+    later=st.sampled_from([None, None, 0.0, 2e-3]),
 )
-def test_whatever_fails_no_wrong_byte_is_used_or_stored(server, seed, num_blocks, lag, has_prefix_cache, max_part, fault_rate):
+def test_whatever_fails_no_wrong_byte_is_used_or_stored(
+    server, seed, num_blocks, lag, has_prefix_cache, max_part, fault_rate, later
+):
     generator = random.Random(seed)
     faults = (random.Random(seed + 1), fault_rate)
-    with Setup(server, num_blocks, faults, lag=lag, has_prefix_cache=has_prefix_cache, max_part=max_part) as setup:
+    copier = CpuCopier if later is None else functools.partial(LaterCopier, pause_seconds=later)
+    settings = {"lag": lag, "has_prefix_cache": has_prefix_cache, "max_part": max_part}
+    with Setup(server, num_blocks, faults, make_copier=copier, **settings) as setup:
         requests = make_requests(generator, 12)
         waiting = list(requests)
         for _ in range(2000):
@@ -180,11 +230,12 @@ def test_whatever_fails_no_wrong_byte_is_used_or_stored(server, seed, num_blocks
             if not waiting and not setup.engine.has_work:
                 break
         assert not setup.engine.has_work
+        setup.wait_for_stores()
         for request in requests:
             expected = expected_chunks(request.prompt_token_ids)
             stored = setup.stored_chunks(request.prompt_token_ids, request.cache_salt)
             assert stored == expected[: len(stored)]
-            if not fault_rate:
+            if not fault_rate and later is None:  # a preempted request's stores are given up
                 assert len(stored) == len(expected)
         status = server.status()
         assert (status["l1"]["pins"], status["sessions"]) == (0, 0)
@@ -252,6 +303,70 @@ def test_every_kind_of_failed_load_is_reported_and_stops_stores_until_it_is_hear
         assert setup.stored_chunks(prompt) == []
         setup.worker.store(StepPlan(stores=[store], known_load_failures={0: 1}))
         assert len(setup.stored_chunks(prompt)) == 5
+
+
+def test_blocks_of_an_ended_request_are_kept_until_its_stores_have_read_them(server):
+    prompt = prompt_of(20, 40)
+    with Setup(server, make_copier=functools.partial(LaterCopier, pause_seconds=0.02)) as setup:
+        setup.engine.add(SimRequest("a", prompt, max_tokens=0))
+        was_held = False
+        for _ in range(2000):
+            setup.engine.step()
+            was_held = was_held or "a" in setup.engine.held
+            if not setup.engine.has_work:
+                break
+        assert was_held
+        assert not setup.engine.held
+        assert all(count == 0 for count in setup.engine.users.values())
+        assert setup.stored_chunks(prompt) == expected_chunks(prompt)
+
+
+def test_a_preempted_request_gives_up_its_stores_and_stores_them_later(server):
+    prompt = prompt_of(21, 40)
+    with Setup(server, make_copier=functools.partial(LaterCopier, pause_seconds=0.05)) as setup:
+        setup.engine.add(SimRequest("a", prompt, max_tokens=2))
+        for _ in range(200):
+            setup.engine.step()
+            if setup.engine.running and setup.engine.running[0].num_computed >= 24:
+                break
+        setup.engine.preempt(setup.engine.running[0])
+        setup.run()
+        setup.wait_for_stores()
+        stored = setup.stored_chunks(prompt)
+        assert stored == expected_chunks(prompt)[: len(stored)]
+        assert len(stored) == 5
+
+
+def test_a_store_that_does_not_end_gives_its_places_never_back_and_is_the_last(server):
+    """The device may still write to them: to hand them to somebody else would be the worst of all."""
+
+    class StuckCopier(LaterCopier):
+        def gather(self, *args):
+            raise StuckTransferError("it does not end")
+
+    prompt = prompt_of(22, 40)
+    with Setup(server, make_copier=StuckCopier) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0), SimRequest("b", prompt_of(23, 40), max_tokens=0))
+        setup.wait_for_stores()
+        l1 = server.status()["l1"]
+        assert l1["reserved_bytes"] > 0
+        assert setup.stored_chunks(prompt) == []
+        with KVCacheClient(server.zmq_url) as client:
+            client.mq.call(Clear())
+        setup.copier.gather = functools.partial(CpuCopier.gather, setup.copier)
+        setup.run(SimRequest("c", prompt_of(24, 40), max_tokens=0))
+        setup.wait_for_stores()
+        assert setup.stored_chunks(prompt_of(24, 40)) == []
+        assert server.status()["l1"]["reserved_bytes"] == l1["reserved_bytes"]
+
+
+def test_stores_that_do_not_keep_up_are_dropped_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(background, "MAX_PENDING_CHUNKS", 2)
+    with Setup(server, make_copier=functools.partial(LaterCopier, pause_seconds=0.2)) as setup:
+        setup.run(*(SimRequest(f"r{number}", prompt_of(30 + number, 30), max_tokens=0) for number in range(4)))
+        setup.wait_for_stores()
+        stored = [setup.stored_chunks(prompt_of(30 + number, 30)) for number in range(4)]
+        assert 0 < sum(map(len, stored)) < 12
 
 
 def test_what_is_computed_over_a_block_that_is_not_computed_again_yet_is_not_stored(server):

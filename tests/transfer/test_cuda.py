@@ -12,8 +12,9 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from lmcache.layout import KVLayout  # noqa: E402
+from lmcache.transfer.base import CancelledTransferError, StuckTransferError  # noqa: E402
 from lmcache.transfer.cpu import CpuCopier  # noqa: E402
-from lmcache.transfer.cuda import CancelledTransferError, CudaCopier, StuckTransferError, wait_for  # noqa: E402
+from lmcache.transfer.cuda import CudaCopier, wait_for  # noqa: E402
 from lmcache.transfer.driver import driver  # noqa: E402
 from lmcache.transfer.pinning import PoolPinner, address_of  # noqa: E402
 
@@ -98,7 +99,7 @@ def test_a_store_waits_for_the_producer_and_a_load_for_the_user_of_its_blocks():
         extent[:] = b"\x77" * case.chunk_bytes
     transfer = case.copier.begin_scatter(extents, case.ids)
     seen_after = case.device.clone()
-    transfer.wait()
+    transfer.wait(30)
     assert torch.all(seen_before == 4)
     assert torch.all(seen_after[:, case.ids] == 0x77)
 
@@ -124,7 +125,7 @@ def test_loads_and_stores_at_once_do_not_mix():
     thread = threading.Thread(target=store)
     thread.start()
     for _ in range(copies):
-        case.copier.begin_scatter(extents[half:], case.ids[half * case.size :]).wait()
+        case.copier.begin_scatter(extents[half:], case.ids[half * case.size :]).wait(30)
     thread.join(timeout=60)
     assert not failures
     assert torch.equal(case.device.cpu(), case.host)

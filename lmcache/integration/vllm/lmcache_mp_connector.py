@@ -75,7 +75,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         self._worker: WorkerHalf | None = None
         self._scheduler: SchedulerHalf | None = None
         if is_worker:
-            self._worker = WorkerHalf(client)
+            self._worker = WorkerHalf(client, config.staging_bytes)
         else:
             self._scheduler = SchedulerHalf(
                 client,
@@ -115,8 +115,13 @@ class LMCacheMPConnector(KVConnectorBase_V1):
 
     # -- worker: one step -------------------------------------------------------------------------
 
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        """Let this step write to blocks of preempted requests only after stores have read them, or given up."""
+        if self._worker is not None and isinstance(kv_connector_metadata, PlanMetadata):
+            self._worker.give_up(kv_connector_metadata.plan.preempted)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Load what this step's forward pass needs; done on return."""
+        """Load what this step's forward pass needs: done on return, or before the device goes on."""
         if self._worker is not None and self._connector_metadata is not None:
             self._worker.load(self._connector_metadata.plan)
 
@@ -127,9 +132,13 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         """Return: `wait_for_save` stores all layers at once."""
 
     def wait_for_save(self) -> None:
-        """Store the chunks that this step completed; done on return."""
+        """Store the chunks that this step completes: done on return, or later, by a thread of our own."""
         if self._worker is not None and self._connector_metadata is not None:
             self._worker.store(self._connector_metadata.plan)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Return the ended requests whose blocks have been read, each once, of those that `request_finished` kept."""
+        return (self._worker.take_released() if self._worker is not None else None) or None, None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the blocks that this step's loads did not fill; vLLM computes them."""
@@ -192,11 +201,12 @@ class LMCacheMPConnector(KVConnectorBase_V1):
                 scheduler.hear_report(meta.report, connector_output.invalid_block_ids)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Forget the request; its blocks are free at once, because stores are synchronous."""
+        """Forget the request; True when vLLM must keep its blocks, which are being stored, until `get_finished` names it."""
         scheduler = self._scheduler_half()
+        holds_blocks = scheduler.hold_blocks(request.request_id)
         with _as_a_miss(scheduler):
             scheduler.finished(request.request_id)
-        return False, None
+        return holds_blocks, None
 
     def _scheduler_half(self) -> SchedulerHalf:
         assert self._scheduler is not None, "vLLM called a scheduler's method on a worker"

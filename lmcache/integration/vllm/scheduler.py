@@ -72,6 +72,7 @@ class TrackedRequest:
     matched_from: int = 0
     block_ids: list[int] = field(default_factory=list)
     stored_chunks: int = 0
+    last_store: int = 0
     own_from: int = UNKNOWN
 
     @property
@@ -120,6 +121,10 @@ class SchedulerHalf:
         self._loads: list[ChunkSpan] = []
         self._linger_seconds = LINGER_SECONDS
         self._known_load_failures: dict[int, int] = {}
+        self._num_plans = 0
+        # Where workers store later: the plan up to which each rank has, and the requests whose blocks vLLM keeps for that.
+        self._stored_up_to: dict[int, int] | None = None
+        self._held: set[str] = set()
         # Blocks whose KV may have been computed from a load that failed: never stored.
         self._tainted: set[int] = set()
         self._log = RateLimitedLog(logger)
@@ -132,6 +137,7 @@ class SchedulerHalf:
             self._namespace = self._layout = None
             return
         self._namespace, self._layout = hellos[0].namespace, hellos[0].layout
+        self._stored_up_to = dict.fromkeys(range(len(hellos)), 0) if any(hello.stores_later for hello in hellos) else None
         self._client.mq.connect()
 
     # -- before a step ----------------------------------------------------------------------------
@@ -265,10 +271,14 @@ class SchedulerHalf:
         loads, self._loads = self._loads, []
         for load in loads:
             self._tainted.difference_update(load.block_ids)
-        return StepPlan(loads, known_load_failures=dict(self._known_load_failures))
+        self._num_plans += 1
+        held, self._held = frozenset(self._held), set()
+        failures = dict(self._known_load_failures)
+        return StepPlan(loads, known_load_failures=failures, held=held, number=self._num_plans)
 
     def plan_stores(self, plan: StepPlan, scheduler_output: Any) -> None:
         """Add the chunks that the step will complete."""
+        plan.preempted = frozenset(scheduler_output.preempted_req_ids or ())
         scheduled = scheduler_output.num_scheduled_tokens
         for request_id, block_ids, is_all, computed in _scheduled_requests(scheduler_output):
             tracked = self._tracked.get(request_id)
@@ -283,6 +293,7 @@ class SchedulerHalf:
             store = self._span_to_store(tracked, end)
             if store is not None:
                 tracked.stored_chunks += store.num_chunks
+                tracked.last_store = plan.number
                 plan.stores.append(store)
 
     def _follow_taint(self, tracked: TrackedRequest, start: int, end: int) -> None:
@@ -328,6 +339,8 @@ class SchedulerHalf:
         if any(count > self._known_load_failures.get(rank, 0) for rank, count in report.load_failures.items()):
             self._known_load_failures.update(report.load_failures)
             self._distrust(set(invalid_block_ids))
+        if self._stored_up_to is not None:
+            self._stored_up_to.update(report.stored_up_to)
         for request_id in report.ended_loads:
             self.free_pins(request_id)
 
@@ -347,6 +360,14 @@ class SchedulerHalf:
             grew = len(self._tainted) > before
         for tracked in self._tracked.values():
             tracked.stored_chunks, tracked.own_from = 0, UNKNOWN
+
+    def hold_blocks(self, request_id: str) -> bool:
+        """Tell whether vLLM must keep the blocks of a request that ends; the workers then report when they have read them."""
+        tracked = self._tracked.get(request_id)
+        if tracked is None or self._stored_up_to is None or tracked.last_store <= min(self._stored_up_to.values()):
+            return False
+        self._held.add(request_id)
+        return True
 
     def finished(self, request_id: str) -> None:
         """Forget a request.

@@ -47,30 +47,47 @@ class StoreSpan(ChunkSpan):
 class StepPlan:
     """What the worker does before (loads) and after (stores) the forward pass of one step.
 
-    `known_load_failures`: how many failed loads of each rank the scheduler had heard of when it made the plan.
+    Plans are numbered from 1. `known_load_failures`: how many failed loads of each rank the scheduler had heard of when it
+    made the plan. `held`: requests that have ended, whose blocks vLLM keeps until each worker has once reported that it has
+    read them. `preempted`: requests whose blocks vLLM has taken away before this step.
     """
 
     loads: list[ChunkSpan] = field(default_factory=list)
     stores: list[StoreSpan] = field(default_factory=list)
     known_load_failures: dict[int, int] = field(default_factory=dict)
+    held: frozenset[str] = frozenset()
+    preempted: frozenset[str] = frozenset()
+    number: int = 0
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """The requests whose loads are over, and how many loads have failed on each rank since the start."""
+    """The requests whose loads are over, and how many loads have failed on each rank since the start.
+
+    `stored_up_to`: for each rank the number of the last plan of which, and of all before it, nothing is left to store.
+    """
 
     ended_loads: frozenset[str] = frozenset()
     load_failures: dict[int, int] = field(default_factory=dict)
+    stored_up_to: dict[int, int] = field(default_factory=dict)
 
     def merge(self, other: StepReport) -> StepReport:
         """Return both workers' reports as one."""
-        return StepReport(self.ended_loads | other.ended_loads, {**self.load_failures, **other.load_failures})
+        return StepReport(
+            self.ended_loads | other.ended_loads,
+            {**self.load_failures, **other.load_failures},
+            {**self.stored_up_to, **other.stored_up_to},
+        )
 
 
 @dataclass(frozen=True)
 class WorkerHello:
-    """The worker's namespace (its chunk size is 0: that is the server's) and layout, or why not."""
+    """The worker's namespace (its chunk size is 0: that is the server's) and layout, or why not.
+
+    `stores_later`: whether a plan's stores may go on after its step.
+    """
 
     namespace: Namespace | None = None
     layout: KVLayout | None = None
     refusal: str = ""
+    stores_later: bool = False

@@ -43,6 +43,8 @@ class ConnectorConfig:
     # Waited for in full only when the server freezes. Computing a long prompt takes longer than a busy host needs to answer.
     lookup_timeout_seconds: float = 2.0
     saves_decode: bool = False
+    # Of a GPU, for each rank. Four slots a direction: 16 MiB of each chunk are under way at once.
+    staging_bytes: int = 128 << 20
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
@@ -58,6 +60,7 @@ class ConnectorConfig:
             "lmcache.mp.heartbeat_interval": _seconds,
             "lmcache.mp.lookup_timeout": _seconds,
             "lmcache.mp.save_decode_cache": _flag,
+            "lmcache.mp.staging_mib": _mebibytes,
         }
         for key in extra:
             if key.startswith(PREFIX) and key not in known:
@@ -81,6 +84,7 @@ class ConnectorConfig:
                 values.get("lmcache.mp.lookup_timeout", cls.lookup_timeout_seconds), MAX_TIMEOUT_SECONDS
             ),
             saves_decode=values.get("lmcache.mp.save_decode_cache", cls.saves_decode),
+            staging_bytes=values.get("lmcache.mp.staging_mib", cls.staging_bytes),
         )
 
 
@@ -116,6 +120,12 @@ def _seconds(key: str, value: object) -> float:
     if isinstance(value, bool) or not 0 < seconds < float("inf"):
         raise _refuse(key, value, "a number of seconds above 0")
     return seconds
+
+
+def _mebibytes(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 16:
+        raise _refuse(key, value, "a whole number of MiB from 1 to 65536")
+    return value << 20
 
 
 def _flag(key: str, value: object) -> bool:

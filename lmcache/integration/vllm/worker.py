@@ -3,9 +3,10 @@
 Comes in: vLLM's KV tensors and `StepPlan`s. Goes out: bytes, through `client/kvcache.py` (places in
 the pool) and `transfer/` (the copies).
 
-All of it is synchronous: a load is done before the forward pass that needs it, a store after the
-one that computed it, and vLLM reuses no block meanwhile. What fails costs time, never an answer: a
-load reports every block that it did not fill, and from then on nothing is stored until the
+For KV in host memory all of it is synchronous: a load is done before the forward pass that needs it, a store after the one
+that computed it, and vLLM reuses no block meanwhile. On a GPU a load is handed to the device before the forward pass, which
+waits for it there, and looked at after the pass was launched; a store goes on in the background (`background.py`). What fails
+costs time, never an answer: a load reports every block that it did not fill, and from then on nothing is stored until the
 scheduler has heard of it, because what is computed from such blocks is worthless.
 """
 
@@ -17,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmcache.client.kvcache import KVCacheClient, failure_reason
+from lmcache.client.kvcache import KVCacheClient, PinnedChunks, failure_reason
 from lmcache.errors import LayoutMismatchError, LMCacheError, UsageError
+from lmcache.integration.vllm.background import BackgroundStores, StoreJob
 from lmcache.integration.vllm.steps import (
     ChunkSpan,
     StepPlan,
@@ -26,16 +28,27 @@ from lmcache.integration.vllm.steps import (
     StoreSpan,
     WorkerHello,
 )
-from lmcache.integration.vllm.utils import engine_namespace, process_token
+from lmcache.integration.vllm.utils import ConnectorConfig, engine_namespace, process_token
 from lmcache.keys import Namespace
 from lmcache.layout import SUPPORTED_DEVICES, SUPPORTED_KV_GROUPS, KVLayout
 from lmcache.log import RateLimitedLog, init_logger
 from lmcache.protocol import FailureReason, StoreOutcome
-from lmcache.transfer.base import ChunkCopier
+from lmcache.transfer.base import TRANSFER_SECONDS, CancelledTransferError, ChunkCopier, StuckTransferError, Transfer
 
 logger = init_logger(__name__)
 
+CLOSE_SECONDS = 5.0
 REFUSAL_HINT = "leave out --kv-transfer-config for this model"
+
+
+@dataclass
+class LoadUnderWay:
+    """A load handed to the copier: the first blocks of `span`, from chunks that stay pinned until it has been looked at."""
+
+    span: ChunkSpan
+    num_blocks: int
+    pinned: PinnedChunks
+    transfer: Transfer
 
 
 class WorkerHalf:
@@ -43,11 +56,18 @@ class WorkerHalf:
 
     Args:
         client: this process's own.
+        staging_bytes: memory of the device that copies may go through.
     """
 
-    def __init__(self, client: KVCacheClient) -> None:
+    def __init__(self, client: KVCacheClient, staging_bytes: int = ConnectorConfig.staging_bytes) -> None:
         self._client = client
+        self._staging_bytes = staging_bytes
         self._copier: ChunkCopier | None = None
+        self._background: BackgroundStores | None = None
+        self._held: set[str] = set()
+        self._reported_up_to = 0
+        self._loading: list[LoadUnderWay] = []
+        self._is_stuck = False
         self._failed_blocks: set[int] = set()
         self._ended_loads: set[str] = set()
         self._load_failures = 0
@@ -61,12 +81,13 @@ class WorkerHalf:
         Args:
             kv_cache_config: vLLM's; without it the layers are asked for what they keep.
         """
-        from lmcache.transfer.cpu import CpuCopier
+        from lmcache.transfer import make_copier
 
         try:
             config = kv_cache_config or ask_layers(kv_caches, vllm_config)
             layout, planes = read_layout(kv_caches, vllm_config, config)
-            copier, namespace = CpuCopier(layout, planes), engine_namespace(vllm_config, layout)
+            copier = make_copier(layout, planes, staging_bytes=self._staging_bytes)
+            namespace = engine_namespace(vllm_config, layout)
         except Exception as exc:  # an engine that we do not understand serves on without us
             self.refuse(exc)
         else:
@@ -85,8 +106,11 @@ class WorkerHalf:
         """Begin to work; the server is told now, or as soon as it is there."""
         self._copier = copier
         self._rank = rank
-        self.hello = WorkerHello(namespace, copier.layout)
+        self.hello = WorkerHello(namespace, copier.layout, stores_later=copier.stores_later)
+        if copier.stores_later:
+            self._background = BackgroundStores(self._store_job)
         try:
+            self._client.watch_mapping(copier.pin_pool)
             processes = [token for token in map(process_token, (os.getpid(), os.getppid())) if token]
             reply = self._client.register(namespace, copier.layout, rank, namespace.world_size, processes)
             logger.info(
@@ -99,14 +123,72 @@ class WorkerHalf:
 
     # -- one step ---------------------------------------------------------------------------------
 
+    def give_up(self, preempted: frozenset[str]) -> None:
+        """Let vLLM use the blocks of preempted requests anew, from this step on."""
+        if self._background is not None and self._copier is not None and preempted:
+            self._background.cancel(preempted)
+            self._copier.protect_blocks()
+
     def load(self, plan: StepPlan) -> None:
-        """Fill the blocks of the plan's loads; those that could not be filled are remembered."""
+        """Fill the blocks of the plan's loads before the device goes on; those that could not be filled are remembered."""
+        self._held |= plan.held
         for span in plan.loads:
-            self.load_span(span)
+            self._begin_load(span)
+        if self._background is None:
+            self.settle_loads()
 
     def load_span(self, span: ChunkSpan) -> bool:
         """Fill the blocks of one load; tell whether all of them hold what they should."""
-        num_filled, reason = self._load(span)
+        self._begin_load(span)
+        return self.settle_loads()
+
+    def _begin_load(self, span: ChunkSpan) -> None:
+        try:
+            self._loading.append(self._start_transfer(span))
+        except Exception as exc:  # whatever it is, vLLM must hear which blocks are not filled
+            self._note_failure("load", exc)
+            self._end_load(span, 0, failure_reason(exc))
+
+    def _start_transfer(self, span: ChunkSpan) -> LoadUnderWay:
+        copier = self._ready_copier()
+        pinned = self._pin(span)
+        try:
+            _check_lengths(pinned.extents, span.blocks_per_chunk * copier.layout.bytes_per_block)
+            available = len(pinned.extents) * span.blocks_per_chunk - span.skip_blocks
+            block_ids = span.block_ids[: max(0, available)]
+            transfer = copier.begin_scatter(pinned.extents, block_ids, span.skip_blocks)
+        except BaseException:
+            pinned.release()
+            raise
+        return LoadUnderWay(span, len(block_ids), pinned, transfer)
+
+    def _pin(self, span: ChunkSpan) -> PinnedChunks:
+        """Return the span's chunks as the server finds them now."""
+        return self._client.pin(span.keys, span.request_id, self._rank)
+
+    def settle_loads(self) -> bool:
+        """Wait for the loads under way, look at what they brought, and remember what did not; True when all did."""
+        loading, self._loading = self._loading, []
+        return all([self._settle(load) for load in loading])
+
+    def _settle(self, load: LoadUnderWay) -> bool:
+        try:
+            with load.pinned:
+                load.transfer.wait(TRANSFER_SECONDS)
+                load.pinned.verify()
+        except Exception as exc:  # whatever it is, vLLM must hear which blocks are not filled
+            self._note_failure("load", exc)
+            return self._end_load(load.span, 0, failure_reason(exc))
+        if load.num_blocks < len(load.span.block_ids):
+            self._log.warning(
+                "missing",
+                f"{len(load.pinned.placements)} of {load.span.num_chunks} chunks were still there to load;"
+                " vLLM computes the rest",
+            )
+        return self._end_load(load.span, load.num_blocks, FailureReason.MISSING)
+
+    def _end_load(self, span: ChunkSpan, num_filled: int, reason: FailureReason) -> bool:
+        """Remember the blocks after the first `num_filled` as failed; True when there are none."""
         num_failed = len(span.block_ids) - num_filled
         if num_failed:
             self._load_failures += 1
@@ -115,41 +197,33 @@ class WorkerHalf:
         self._ended_loads.add(span.request_id)
         return not num_failed
 
-    def _load(self, span: ChunkSpan) -> tuple[int, FailureReason]:
-        """Return how many of the span's blocks, counted from its start, hold what they should, and why not the others."""
-        try:
-            copier = self._ready_copier()
-            with self._client.pin(span.keys, span.request_id, self._rank) as pinned:
-                _check_lengths(pinned.extents, span.blocks_per_chunk * copier.layout.bytes_per_block)
-                available = len(pinned.extents) * span.blocks_per_chunk - span.skip_blocks
-                block_ids = span.block_ids[: max(0, available)]
-                copier.scatter(pinned.extents, block_ids, span.skip_blocks)
-                pinned.verify()
-        except Exception as exc:  # whatever it is, vLLM must hear which blocks are not filled
-            self._note_failure("load", exc)
-            return 0, failure_reason(exc)
-        if len(block_ids) < len(span.block_ids):
-            self._log.warning(
-                "missing",
-                f"{len(pinned.placements)} of {span.num_chunks} chunks were still there to load; vLLM computes the rest",
-            )
-        return len(block_ids), FailureReason.MISSING
-
     def store(self, plan: StepPlan) -> None:
         """Store the plan's chunks, unless one of them may come from a load that failed."""
-        if plan.known_load_failures.get(self._rank, 0) == self._load_failures:
-            for span in plan.stores:
+        self.settle_loads()
+        is_good = plan.known_load_failures.get(self._rank, 0) == self._load_failures
+        stores = plan.stores if is_good else []
+        if self._background is None:
+            for span in stores:
                 self.store_span(span)
+        elif self._copier is not None:
+            self._background.submit(plan.number, stores, self._copier.fence() if stores else None)
 
     def store_span(self, span: StoreSpan) -> None:
-        """Store one request's chunks."""
+        """Store one request's chunks; done on return."""
+        self._store_job(StoreJob(0, span, None))
+
+    def _store_job(self, job: StoreJob) -> None:
         try:
-            self._store(span)
+            self._store(job)
+        except CancelledTransferError as exc:
+            logger.debug("%s", exc)
         except Exception as exc:  # a store that fails is a chunk that is not there next time
             self._note_failure("store", exc)
 
-    def _store(self, span: StoreSpan) -> None:
-        copier = self._ready_copier()
+    def _store(self, job: StoreJob) -> None:
+        span, copier = job.span, self._ready_copier()
+        if self._is_stuck:
+            raise StuckTransferError("an earlier store did not end; nothing is stored any more", "restart the engine")
         size = span.blocks_per_chunk
         with self._client.reserve(
             span.keys,
@@ -161,7 +235,12 @@ class WorkerHalf:
             block_ids = [
                 block for index in reservation.reserved_indices() for block in span.block_ids[index * size : (index + 1) * size]
             ]
-            copier.gather(block_ids, reservation.extents)
+            try:
+                copier.gather(block_ids, reservation.extents, job.fence, job.was_cancelled)
+            except StuckTransferError:
+                self._is_stuck = True
+                reservation.keep_for_ever()
+                raise
             reservation.commit()
             self._client.tally.add(decode_chunks=_num_stored_from(reservation.outcomes, span.num_prompt_chunks))
             if StoreOutcome.FULL in reservation.outcomes:
@@ -183,18 +262,29 @@ class WorkerHalf:
 
     def take_failed_blocks(self) -> set[int]:
         """Return, once, the blocks that loads did not fill."""
+        self.settle_loads()
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
+    def take_released(self) -> set[str]:
+        """Return, once each, the requests that have ended and of whose blocks nothing is left to read."""
+        released = {id_ for id_ in self._held if self._background is None or not self._background.is_reading(id_)}
+        self._held -= released
+        return released
+
     def take_report(self) -> StepReport | None:
-        """Return, once, what the scheduler should know of this step's loads."""
-        if not self._ended_loads:
+        """Return, once, what the scheduler should know of this step's loads, and of the stores."""
+        up_to = self._background.done_up_to if self._background is not None else 0
+        if not self._ended_loads and up_to == self._reported_up_to:
             return None
         ended, self._ended_loads = frozenset(self._ended_loads), set()
-        return StepReport(ended, {self._rank: self._load_failures})
+        self._reported_up_to = up_to
+        return StepReport(ended, {self._rank: self._load_failures}, {self._rank: up_to} if self._background else {})
 
     def close(self) -> None:
-        """Leave the server."""
+        """Leave the server, after what is still to be stored."""
+        if self._background is not None:
+            self._background.close(CLOSE_SECONDS)
         self._client.close()
 
 
@@ -229,7 +319,12 @@ def ask_layers(kv_caches: Mapping[str, Any], vllm_config: Any) -> LayerGroups:
     if not groups:
         raise LayoutMismatchError("vLLM registered no KV tensors", hint=REFUSAL_HINT)
     first = kv_caches[groups[0].layer_names[0]]
-    return LayerGroups(groups, first.nbytes // groups[0].kv_cache_spec.unpadded_page_size_bytes)
+    return LayerGroups(groups, first.nbytes // _page_bytes(groups[0].kv_cache_spec))
+
+
+def _page_bytes(spec: Any) -> int:
+    """Return the bytes of one layer's block without padding; vLLM before 0.32 has another name for it."""
+    return int(getattr(spec, "unpadded_page_size_bytes", None) or spec.real_page_size_bytes)
 
 
 def read_layout(kv_caches: dict[str, Any], vllm_config: Any, kv_cache_config: Any) -> tuple[KVLayout, list[Any]]:
@@ -238,7 +333,7 @@ def read_layout(kv_caches: dict[str, Any], vllm_config: Any, kv_cache_config: An
     Raises: UsageError for a model or an engine that cannot be cached; LayoutMismatchError for
         tensors that are not what vLLM's configuration says.
     """
-    from lmcache.transfer.cpu import block_plane
+    from lmcache.transfer.cpu import block_planes
 
     parallel = vllm_config.parallel_config
     if parallel.world_size != parallel.tensor_parallel_size or parallel.decode_context_parallel_size != 1:
@@ -252,18 +347,19 @@ def read_layout(kv_caches: dict[str, Any], vllm_config: Any, kv_cache_config: An
         raise LayoutMismatchError("vLLM registered no KV tensors", hint=REFUSAL_HINT)
     if tensors[0].device.type not in SUPPORTED_DEVICES:
         raise UsageError(f"KV on {tensors[0].device} cannot be copied by this version", hint=REFUSAL_HINT)
-    planes = [block_plane(tensor, kv_cache_config.num_blocks) for tensor in tensors]
+    planes = [plane for tensor in tensors for plane in block_planes(tensor, kv_cache_config.num_blocks)]
     layout = KVLayout(
-        num_layers=len(planes),
-        num_planes=1,
+        num_layers=len(tensors),
+        num_planes=len(planes) // len(tensors),
         block_bytes=planes[0].shape[1],
         block_size=spec.block_size,
         dtype=str(tensors[0].dtype).removeprefix("torch."),
         order=_order(tensors, layer_names, vllm_config),
     )
-    if layout.block_bytes != spec.unpadded_page_size_bytes:
+    expected = _page_bytes(spec)
+    if layout.num_planes * layout.block_bytes != expected:
         raise LayoutMismatchError(
-            f"a block has {layout.block_bytes} bytes, vLLM's configuration says {spec.unpadded_page_size_bytes}"
+            f"a block has {layout.num_planes} x {layout.block_bytes} bytes, vLLM's configuration says {expected}"
         )
     return layout, planes
 

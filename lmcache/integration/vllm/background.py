@@ -1,0 +1,121 @@
+"""Stores that go on while the engine computes: what KV on a GPU needs, where a copy to the host takes longer than a step.
+
+Comes in: the stores of each step, and an event after which the blocks hold what is to be stored. Goes out: the same stores, one
+after the other, on a thread of their own. Until a store has read its blocks they must stay what they are:
+
+    the request runs       the engine does not write to the blocks of tokens that are computed
+    the request has ended  the scheduler keeps its blocks (`StepPlan.held`) until `is_reading` says no
+    it is preempted        `cancel`: pieces not yet read are given up, and the engine's stream waits for those being read
+
+A plan's number stands for all its stores: `done_up_to` tells the scheduler for which requests there is nothing to wait for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lmcache.integration.vllm.steps import StoreSpan
+from lmcache.log import RateLimitedLog, init_logger
+
+logger = init_logger(__name__)
+
+# Of an 8B model this is 16 GiB: 0.3 s on the wire. More than that waits only when the wire or the server is stuck; then chunks
+# are dropped, so that an ended request's blocks are soon free again.
+MAX_PENDING_CHUNKS = 512
+IDLE_SECONDS = 0.5
+
+
+class StoreJob:
+    """One request's chunks of one step."""
+
+    def __init__(self, plan_number: int, span: StoreSpan, fence: Any) -> None:
+        self.plan_number = plan_number
+        self.span = span
+        self.fence = fence
+        self.is_cancelled = False
+
+    def was_cancelled(self) -> bool:
+        """Whether the blocks are no longer the request's."""
+        return self.is_cancelled
+
+
+class BackgroundStores:
+    """A queue of stores and the thread that carries them out. Its methods are the main thread's and do not wait.
+
+    Args:
+        store: carries out one job; it raises nothing and asks `was_cancelled` before each piece that it reads.
+    """
+
+    def __init__(self, store: Callable[[StoreJob], None]) -> None:
+        self._store = store
+        self._jobs: deque[StoreJob] = deque()  # the first one is in work
+        self._num_pending_chunks = 0
+        self._last_plan = 0
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._log = RateLimitedLog(logger)
+        self._thread = threading.Thread(target=self._run, name="lmcache-store", daemon=True)
+        self._thread.start()
+
+    def submit(self, plan_number: int, spans: Sequence[StoreSpan], fence: Any) -> int:
+        """Queue a plan's stores; return how many chunks were dropped because too many wait already."""
+        num_dropped = 0
+        with self._changed:
+            self._last_plan = plan_number
+            for span in spans:
+                if self._num_pending_chunks + span.num_chunks > MAX_PENDING_CHUNKS and self._jobs:
+                    num_dropped += span.num_chunks
+                    continue
+                self._jobs.append(StoreJob(plan_number, span, fence))
+                self._num_pending_chunks += span.num_chunks
+            self._changed.notify()
+        if num_dropped:
+            self._log.warning("dropped", f"stores do not keep up: {num_dropped} chunks were not stored")
+        return num_dropped
+
+    @property
+    def done_up_to(self) -> int:
+        """The number of the last plan of which, and of all plans before it, nothing is left to read."""
+        with self._changed:
+            return self._jobs[0].plan_number - 1 if self._jobs else self._last_plan
+
+    def is_reading(self, request_id: str) -> bool:
+        """Whether blocks of the request are still to be read."""
+        with self._changed:
+            return any(job.span.request_id == request_id for job in self._jobs)
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """Give up what has not been read of these requests."""
+        wanted = set(request_ids)
+        with self._changed:
+            for job in self._jobs:
+                job.is_cancelled = job.is_cancelled or job.span.request_id in wanted
+
+    def close(self, seconds: float) -> None:
+        """Carry out what is queued for so long at most, give up the rest and end the thread."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        with self._changed:
+            for job in self._jobs:
+                job.is_cancelled = True
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._jobs:
+                    if self._is_closing:
+                        return
+                    self._changed.wait(timeout=IDLE_SECONDS)
+                job = self._jobs[0]
+            if not job.is_cancelled:
+                self._store(job)
+            with self._changed:
+                self._jobs.popleft()
+                self._num_pending_chunks -= job.span.num_chunks
