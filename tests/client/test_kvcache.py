@@ -1,5 +1,6 @@
 """Storing and retrieving through a real server: both paths, restarts, late and missing replies, and bytes that changed."""
 
+import contextlib
 import threading
 
 import msgspec
@@ -360,10 +361,11 @@ def test_what_a_lost_message_leaves_at_the_server_is_freed_although_the_client_l
 def test_a_server_that_hangs_is_noticed_by_the_heartbeat_and_calls_then_fail_at_once(server):
     with (
         Proxy(server.endpoints.zmq) as proxy,
-        KVCacheClient(proxy.url, heartbeat=True, heartbeat_seconds=0.05, timeout_seconds=0.5) as client,
+        KVCacheClient(proxy.url, heartbeat=True, heartbeat_seconds=0.05) as client,
     ):
         client.store(keys(1), chunks_of(1))
         proxy.hold.set()
+        client.mq.timeout_seconds = 0.5
         wait_until(lambda: client._down_reason)
         client.mq.timeout_seconds = 60
         for call in (
@@ -373,11 +375,14 @@ def test_a_server_that_hangs_is_noticed_by_the_heartbeat_and_calls_then_fail_at_
         ):
             with pytest.raises(UnreachableError, match="no reply"):
                 call()
-        client.mq.timeout_seconds = 0.5
         proxy.hold.clear()
-        wait_until(lambda: not client._down_reason)
-        client.mq.timeout_seconds = 60
-        assert client.retrieve(keys(1), buffers_for(1)) == 1
+
+        def is_served_again() -> bool:
+            with contextlib.suppress(UnreachableError):  # a heartbeat that a busy machine delays is one more try
+                return client.retrieve(keys(1), buffers_for(1)) == 1
+            return False
+
+        wait_until(is_served_again)
 
 
 def test_many_threads_that_find_the_server_hanging_wait_for_one_deadline_and_not_for_each_other():

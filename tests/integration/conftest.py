@@ -20,6 +20,7 @@ CHUNK_SIZE = 256
 STEP_TOKENS = 7 * CHUNK_SIZE
 RECONNECT_SECONDS = 180.0
 REQUEST_SECONDS = 600.0
+LOOKUP_SECONDS = 15.0
 PLACEHOLDERS = Path(__file__).parents[1] / "cuda_placeholders"
 PATHS = [str(PLACEHOLDERS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 BUILT_IN = {"LMCACHE_USE_UPSTREAM_MP": "1", "PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
@@ -51,6 +52,8 @@ class Engine(VllmServer):
             "kv_connector_extra_config": {
                 "lmcache.mp.host": "tcp://127.0.0.1",
                 "lmcache.mp.port": server.port,
+                # Half of the tests run on the other core: what is there must be found however long an answer takes.
+                "lmcache.mp.lookup_timeout": LOOKUP_SECONDS,
             },
         }
         ours = ["--max-num-batched-tokens", str(STEP_TOKENS), "--kv-transfer-config", json.dumps(transfer)]
