@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.chaos.waiting import wait_until
 from tests.server_process import LmcacheServer
 from tests.vllm_process import MODEL_NAME, VllmServer
 
@@ -30,6 +31,12 @@ def make_prompt(seed: object, num_tokens: int) -> list[int]:
     """Token ids that share no prefix with those of another seed."""
     generator = random.Random(str(seed))
     return [generator.randrange(10, 8000) for _ in range(num_tokens)]
+
+
+def is_at_rest(server: LmcacheServer) -> bool:
+    """Whether no request holds anything."""
+    status = server.status()
+    return not (status["l1"]["pins"] or status["sessions"] or status["l1"]["reserved_bytes"])
 
 
 class Engine(VllmServer):
@@ -75,6 +82,7 @@ class Engine(VllmServer):
         """Return the text, and the tokens that were meanwhile looked up with success, loaded and stored."""
         before = self.server.status()["counters"]
         text = self.ask(prompt, **extra)
+        wait_until(lambda: is_at_rest(self.server), "the server has heard of the request's end")
         after = self.server.status()["counters"]
         return text, {
             "hit": CHUNK_SIZE * (after["lookup_chunks"]["hit"] - before["lookup_chunks"]["hit"]),

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmcache.client.kvcache import KVCacheClient, failure_reason
+from lmcache.client.kvcache import KVCacheClient, PinnedChunks, failure_reason
 from lmcache.errors import LayoutMismatchError, LMCacheError, UsageError
 from lmcache.integration.vllm.steps import (
     ChunkSpan,
@@ -119,7 +119,7 @@ class WorkerHalf:
         """Return how many of the span's blocks, counted from its start, hold what they should, and why not the others."""
         try:
             copier = self._ready_copier()
-            with self._client.pin(span.keys, span.request_id, self._rank) as pinned:
+            with self._pin(span) as pinned:
                 _check_lengths(pinned.extents, span.blocks_per_chunk * copier.layout.bytes_per_block)
                 available = len(pinned.extents) * span.blocks_per_chunk - span.skip_blocks
                 block_ids = span.block_ids[: max(0, available)]
@@ -134,6 +134,11 @@ class WorkerHalf:
                 f"{len(pinned.placements)} of {span.num_chunks} chunks were still there to load; vLLM computes the rest",
             )
         return len(block_ids), FailureReason.MISSING
+
+    def _pin(self, span: ChunkSpan) -> PinnedChunks:
+        """Return the span's chunks: where the lookup said that they lie, or as the server finds them now."""
+        borrowed = self._client.borrow(span.places_of(self._rank), span.boot)
+        return borrowed or self._client.pin(span.keys, span.request_id, self._rank)
 
     def store(self, plan: StepPlan) -> None:
         """Store the plan's chunks, unless one of them may come from a load that failed."""
