@@ -85,7 +85,9 @@ SPECS: tuple[MetricSpec, ...] = (
         "lmcache_commit_rejected_chunks",
         "Chunks of COMMIT whose reservation was gone or another client's.",
     ),
-    _counter("lmcache_retrieved_chunks", "Chunks handed out for reading by RETRIEVE or GET."),
+    _counter(
+        "lmcache_retrieved_chunks", "Chunks handed out for reading by RETRIEVE or GET, or read where LOOKUP said that they lie."
+    ),
     _counter("lmcache_retrieved_bytes", "Bytes of the chunks handed out for reading."),
     _counter("lmcache_retrieved_tokens", "Tokens of the chunks handed out for reading to rank 0."),
     _counter(

@@ -31,6 +31,9 @@ MAX_REQUEST_ID_BYTES = 64
 MAX_HEADER_BYTES = 1 << 20
 MAX_CHUNKS = 1 << 14
 MAX_CHUNK_BYTES = 1 << 28
+# A lookup tells so many places at most. To tell more would take the server long, and a copy of so many chunks takes so long
+# that nobody notices the message which asks for them.
+MAX_PLACES = 128
 MAX_FRAMES = MAX_CHUNKS + 3
 
 Name = Annotated[str, Meta(max_length=512)]
@@ -248,31 +251,41 @@ class Report(Request[Reply], tag="REPORT"):
     """What an engine counted since its last report and the server cannot see: sent with the heartbeat.
 
     `failed_blocks`: engine blocks that a load did not fill. `failed_lookups`: lookups that became misses because no
-    answer came. `decode_chunks`: those of its stored chunks that hold generated tokens.
+    answer came. `decode_chunks`: those of its stored chunks that hold generated tokens. `loaded_chunks`: those that it read
+    at the places of a LOOKUP; sent as soon as they were read.
     """
 
     client: ClientId
     failed_blocks: dict[FailureReason, Increment] = {}
     failed_lookups: dict[FailureReason, Increment] = {}
     decode_chunks: Increment = 0
+    loaded_chunks: Annotated[int, Meta(ge=0, le=MAX_CHUNKS)] = 0
 
 
 class LookupReply(Reply):
-    """The prefix hit in chunks: in all tiers, and those of them in L1 now."""
+    """The prefix hit in chunks: in all tiers, and those of them in L1 now.
+
+    `placements`: where the latter lie, chunk by chunk, in each chunk rank by rank; or none at all.
+    """
 
     status: HitStatus = HitStatus.MISS
     hit_chunks: int = 0
     l1_chunks: int = 0
     l2_chunks: int = 0
+    placements: list[Placement] = []
 
 
 class Lookup(Request[LookupReply], tag="LOOKUP"):
-    """How many leading chunks (payload: keys) are present for all ranks? With `client` they stay pinned for `request_id`."""
+    """How many leading chunks (payload: keys) are present for all ranks? With `client` they stay pinned for `request_id`.
+
+    `places`: a client that has mapped the pool wants to know where they lie. It is told of MAX_PLACES at most.
+    """
 
     reply_type = LookupReply
     client: ClientId | None = None
     request_id: Name = ""
     world_size: WorldSize = 1
+    places: bool = False
 
 
 class PinsReply(Reply):

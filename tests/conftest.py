@@ -1,13 +1,26 @@
 """Options and fixtures that the whole test suite shares."""
 
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from lmcache.client.kvcache import KVCacheClient
+from lmcache.client.mq import MessageQueueClient
+from tests.fakes import PATIENCE_SECONDS
+
 # Other work shares the machine, so an example may take any time; nothing is kept between runs.
 settings.register_profile("lmcache", deadline=None, database=None, max_examples=100)
 settings.load_profile("lmcache")
+
+# Where the tests run in the background, the commands that they start would ignore Ctrl-C as they themselves do.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Nor is a call whose deadline is of no interest to its test to fail because the machine is busy.
+KVCacheClient.__init__.__kwdefaults__["timeout_seconds"] = PATIENCE_SECONDS
+MessageQueueClient.__init__.__defaults__ = (PATIENCE_SECONDS, *MessageQueueClient.__init__.__defaults__[1:])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

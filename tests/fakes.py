@@ -11,6 +11,8 @@ import zmq
 from lmcache.protocol import Reply, encode
 
 STOP_SECONDS = 60.0
+# How long a call may take that must succeed, on a machine with much else to do.
+PATIENCE_SECONDS = 60.0
 Frames = list[bytes]
 
 

@@ -25,7 +25,7 @@ from lmcache.storage.manager import RemovalReason, StorageManager
 
 OWNER = bytes(range(16))
 OTHER = bytes(range(100, 116))
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 120.0
 
 
 def key(number: int) -> bytes:

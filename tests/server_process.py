@@ -1,6 +1,7 @@
 """A real `lmcache server` as a child process on free ports of the loopback interface."""
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -224,13 +225,41 @@ def running_lmcache(*words: str, env: Mapping[str, str] | None = None) -> Iterat
             process.kill()
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on.
+class Ports:
+    """Ports of the loopback interface that no other run of the tests takes, one after the other.
 
-    Not one of those that the system hands out by itself: it could give it to the next connection.
+    A port that was merely free may be somebody else's by the time a server listens on it. So each process owns a block of
+    them, for which it holds an address that the kernel gives to one process only and takes back at its end. None is of those
+    that the system hands out by itself: it could give it to the next connection.
     """
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_768)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+
+    FIRST, LAST, BLOCK = 10_000, 32_700, 100
+
+    def __init__(self) -> None:
+        blocks = range(self.FIRST, self.LAST, self.BLOCK)
+        for first in random.SystemRandom().sample(blocks, len(blocks)):
+            self._owned = socket.socket(socket.AF_UNIX)
+            try:
+                self._owned.bind(f"\0lmcache-test-ports-{first}")
+            except OSError:
+                self._owned.close()
+                continue
+            self._next = itertools.cycle(range(first, first + self.BLOCK))
+            return
+        raise RuntimeError("all ports for tests are taken by other runs")
+
+    def take(self) -> int:
+        """Return one that nobody listens on."""
+        while True:
+            port = next(self._next)
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+
+
+_ports = Ports()
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on, and nobody will who asks here too."""
+    return _ports.take()

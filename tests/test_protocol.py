@@ -64,8 +64,8 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "NOOP": {"client": CLIENT},
     "HELLO": {"pid": 7, "features": 5, "software": "lmcache 9"},
     "REGISTER_KV_CACHE": {"rank": 3, "world_size": 4, "processes": ["p", "q"]},
-    "REPORT": {"failed_blocks": {"stale": 3}, "failed_lookups": {"deadline": 1}, "decode_chunks": 2},
-    "LOOKUP": {"client": CLIENT, "request_id": "r", "world_size": 4},
+    "REPORT": {"failed_blocks": {"stale": 3}, "failed_lookups": {"deadline": 1}, "decode_chunks": 2, "loaded_chunks": 1},
+    "LOOKUP": {"client": CLIENT, "request_id": "r", "world_size": 4, "places": True},
     "FREE_LOOKUP_LOCKS": {"start": 1, "end": 2},
     "END_SESSION": {"client": CLIENT},
     "STORE": {"namespace_id": 2**64 - 1, "rank": 3, "parent": bytes(32)},
@@ -122,6 +122,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "failed_lookups": [{"bad luck": 1}, {"deadline": 2**32 + 1}],
     "software": ["x" * 513],
     "decode_chunks": [-1, 2**32 + 1],
+    "loaded_chunks": [-1, MAX_CHUNKS + 1],
     "process": ["", "x" * 513],
     "processes": [["x" * 513], ["p"] * 5, [1]],
 }
@@ -154,7 +155,7 @@ def test_the_tables_above_name_every_operation_and_every_field():
     assert set(REQUIRED) == set(REQUESTS)
     for op, request in REQUESTS.items():
         assert set(full(op)) == set(request.__struct_fields__) - {"v"}
-    assert {field for _, field in CASES} <= set(OUT_OF_RANGE) | {"dry_run", "force"}
+    assert {field for _, field in CASES} <= set(OUT_OF_RANGE) | {"dry_run", "force", "places"}
 
 
 @pytest.mark.parametrize("op", REQUIRED)

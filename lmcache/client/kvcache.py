@@ -277,23 +277,39 @@ class PinnedChunks:
         self._is_open = False
         _release_views(self.extents)
         try:
-            if self.placements and not self._is_inline:
-                request = Release(
-                    client=self._attachment.client_id,
-                    request_id=self._request_id,
-                    placements=self.placements,
-                )
-                self._client.mq.post(request)
+            self._unpin()
         except UnreachableError as exc:
             self._client.note_unreachable(self._attachment, exc)
         finally:
             self._attachment.release()
+
+    def _unpin(self) -> None:
+        if self.placements and not self._is_inline:
+            request = Release(
+                client=self._attachment.client_id,
+                request_id=self._request_id,
+                placements=self.placements,
+            )
+            self._client.mq.post(request)
 
     def __enter__(self) -> PinnedChunks:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+class BorrowedChunks(PinnedChunks):
+    """Chunks at places that another client of this host was told, and has pinned: nothing is asked, and nothing unpinned."""
+
+    def verify(self, check_content: bool = False) -> None:
+        """The same. Whether the pins were still there does not matter; the server is told that the chunks were read."""
+        super().verify(check_content)
+        self._client.tally.add(loaded_chunks=len(self.extents))
+        self._client.post_report(self._attachment)
+
+    def _unpin(self) -> None:
+        pass
 
 
 def failure_reason(exc: Exception) -> FailureReason:
@@ -317,18 +333,21 @@ class Tally:
         self._failed_blocks: Counter[FailureReason] = Counter()
         self._failed_lookups: Counter[FailureReason] = Counter()
         self._decode_chunks = 0
+        self._loaded_chunks = 0
 
     def add(
         self,
         failed_blocks: Mapping[FailureReason, int] | None = None,
         failed_lookups: Mapping[FailureReason, int] | None = None,
         decode_chunks: int = 0,
+        loaded_chunks: int = 0,
     ) -> None:
         """Count more."""
         with self._lock:
             self._failed_blocks.update(failed_blocks or {})
             self._failed_lookups.update(failed_lookups or {})
             self._decode_chunks += decode_chunks
+            self._loaded_chunks += loaded_chunks
 
     def take(self, client_id: str) -> Report | None:
         """Return what was counted and begin anew; None when there is nothing to report."""
@@ -338,15 +357,18 @@ class Tally:
                 failed_blocks=dict(self._failed_blocks),
                 failed_lookups=dict(self._failed_lookups),
                 decode_chunks=self._decode_chunks,
+                loaded_chunks=min(self._loaded_chunks, MAX_CHUNKS),
             )
             self._failed_blocks.clear()
             self._failed_lookups.clear()
             self._decode_chunks = 0
-        return report if report.failed_blocks or report.failed_lookups or report.decode_chunks else None
+            self._loaded_chunks -= report.loaded_chunks
+        has_news = report.failed_blocks or report.failed_lookups or report.decode_chunks or report.loaded_chunks
+        return report if has_news else None
 
     def give_back(self, report: Report) -> None:
         """Count a report that was not delivered again."""
-        self.add(report.failed_blocks, report.failed_lookups, report.decode_chunks)
+        self.add(report.failed_blocks, report.failed_lookups, report.decode_chunks, report.loaded_chunks)
 
 
 class PendingLookup:
@@ -628,6 +650,16 @@ class KVCacheClient:
                 self.tally.give_back(report)
                 raise
 
+    def post_report(self, attachment: Attachment) -> None:
+        """Tell the server now what was counted, without waiting for the reply; what cannot be sent is told by the heartbeat."""
+        report = self.tally.take(attachment.client_id)
+        if report is not None:
+            try:
+                self.mq.post(report)
+                self.mq.read_what_came()  # an engine that only loads would never read what it is answered
+            except UnreachableError:
+                self.tally.give_back(report)
+
     def _on_late_reply(self, late: ReplyFuture[Any]) -> None:
         """Give back what the server granted to a request whose caller had stopped waiting."""
         with contextlib.suppress(LMCacheError):
@@ -709,14 +741,18 @@ class KVCacheClient:
             [keys],
         )
 
-    def start_lookup(self, keys: bytes, request_id: str, world_size: int, timeout_seconds: float) -> PendingLookup:
+    def start_lookup(
+        self, keys: bytes, request_id: str, world_size: int, timeout_seconds: float, places: bool = False
+    ) -> PendingLookup:
         """Start a lookup that pins what it finds for `request_id`; nothing is waited for.
 
+        Args:
+            places: ask where the chunks lie, for whoever may `borrow` them.
         Raises: UnreachableError at once when there is no connection now.
         """
         attachment = self.present()
         self._check_up()
-        request = Lookup(client=attachment.client_id, request_id=request_id, world_size=world_size)
+        request = Lookup(client=attachment.client_id, request_id=request_id, world_size=world_size, places=places)
         return PendingLookup(self, self.mq.submit(request, [keys], timeout_seconds))
 
     def post_free_lookup_locks(self, request_id: str, end: int = MAX_CHUNKS) -> None:
@@ -815,6 +851,23 @@ class KVCacheClient:
         )
         extents = [extent.toreadonly() for extent in _extents(attachment, reply.placements)]
         return PinnedChunks(self, attachment, request_id, reply.placements, extents, is_inline=False)
+
+    def borrow(self, placements: list[Placement], boot: str) -> BorrowedChunks | None:
+        """Return chunks at the places that a LOOKUP of the server life `boot` told another client of this host.
+
+        No message is sent for them. What `verify` accepts has been the chunks' all the time, whether or not the other client's
+        pins were there, and whatever became of the server.
+
+        Returns: None when this client has not mapped the pool of that life: `pin` finds the chunks, or does not.
+        Raises: PoolError for places outside the pool.
+        """
+        attachment = self._attachment
+        if not placements or attachment is None or attachment.boot != boot:
+            return None
+        if attachment.view is None or not attachment.try_acquire():
+            return None
+        extents = [extent.toreadonly() for extent in _extents(attachment, placements)]
+        return BorrowedChunks(self, attachment, "", placements, extents, is_inline=False)
 
     def _get(self, keys: bytes, request_id: str, rank: int) -> PinnedChunks:
         placements: list[Placement] = []

@@ -8,6 +8,7 @@ that socket itself, so a round trip costs no hand-over between threads. A future
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import threading
@@ -180,6 +181,12 @@ class _Channel:
             else:
                 self._deliver(request_id)
 
+    def read_what_came(self) -> None:
+        """Read the replies that are here, whosever they are."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._deliver(self._socket.recv(zmq.NOBLOCK))
+
     def _deliver(self, request_id: bytes) -> None:
         received_at = time.perf_counter()
         option = self._socket.getsockopt  # the attribute `rcvmore` reads the same, six times slower
@@ -287,6 +294,10 @@ class MessageQueueClient:
         Raises: UnreachableError, DeadlineError, RemoteError, ProtocolError.
         """
         return self.submit(request, payload, timeout_seconds, may_wait=True).result()
+
+    def read_what_came(self) -> None:
+        """Read the calling thread's replies that are here; nothing is waited for."""
+        self._channel().read_what_came()
 
     def post(self, request: Request[Any]) -> None:
         """Send a request whose reply nobody needs; it is read and dropped when the thread reads its next reply.

@@ -23,6 +23,7 @@ from lmcache.pool import PAGE_BYTES, PoolFile, is_client_alive, remove_client_fi
 from lmcache.protocol import (
     FEATURES,
     MAX_CHUNK_BYTES,
+    MAX_PLACES,
     MIN_PROTOCOL_VERSION,
     PROTOCOL_VERSION,
     Abort,
@@ -392,13 +393,24 @@ class CacheService:
         return Answer(WorkersReply(registrations=sorted(found, key=lambda known: known.rank)))
 
     def _report(self, request: Report, payload: Payload) -> Answer:
-        self._client(request.client)
+        client = self._client(request.client)
         for reason, count in request.failed_blocks.items():
             self.metrics.count("lmcache_retrieve_failed", reason.value, by=count)
         for reason, count in request.failed_lookups.items():
             self.metrics.count("lmcache_lookup_failed", reason.value, by=count)
         self.metrics.count("lmcache_stored_decode_chunks", by=request.decode_chunks)
+        self._count_loaded(client.registration, request.loaded_chunks)
         return Answer(Reply())
+
+    def _count_loaded(self, registration: RegisterKVCache | None, num_chunks: int) -> None:
+        """Count chunks that an engine has read at the places of its lookup."""
+        self.metrics.count("lmcache_retrieved_chunks", by=num_chunks)
+        if registration is not None:
+            # No more than there can be at once, or the sum of made-up reports would outgrow what a message can hold.
+            num_bytes = min(num_chunks * registration.layout.chunk_bytes(self._chunk_size), self._pool.header.capacity_bytes)
+            self.metrics.count("lmcache_retrieved_bytes", by=num_bytes)
+            if registration.rank == 0:
+                self.metrics.count("lmcache_retrieved_tokens", by=num_chunks * self._chunk_size)
 
     # -- lookup -------------------------------------------------------------------------------------------------------
 
@@ -410,10 +422,13 @@ class CacheService:
         self.metrics.count("lmcache_lookup_chunks", "hit", by=hit_chunks)
         self.metrics.count("lmcache_lookup_chunks", "miss", by=num_chunks - hit_chunks)
         status = HitStatus.HIT if hit_chunks else HitStatus.MISS
-        answer = Answer(LookupReply(status=status, hit_chunks=hit_chunks, l1_chunks=hit_chunks))
+        reply = LookupReply(status=status, hit_chunks=hit_chunks, l1_chunks=hit_chunks)
+        answer = Answer(reply)
         if slots and client is not None:
             self.storage.l1.touch(slots)
             self.storage.l1.pin(slots)
+            if request.places and client.presence_path is not None and len(slots) <= MAX_PLACES:
+                reply.placements = [self.storage.l1.placement(slot) for slot in slots]
             pins = LookupPins([*slots], request.world_size)
             self.sessions.session(client, request.request_id).lookups.append(pins)
             answer.undo = lambda: self.storage.l1.unpin(self.sessions.forget_lookup(client, request.request_id, pins))

@@ -16,8 +16,9 @@ from typing import Any
 from lmcache.client.kvcache import KVCacheClient, PinnedChunks, Reservation
 from lmcache.errors import LMCacheError, StaleReadError
 from tests.chaos.content import chunk_key, chunk_keys, content
+from tests.fakes import PATIENCE_SECONDS
 
-ANSWER_SECONDS = 120.0
+ANSWER_SECONDS = 2 * PATIENCE_SECONDS
 
 
 class Actor:
@@ -130,7 +131,7 @@ class _Script:
 
 def main() -> None:
     url, options = sys.argv[1], json.loads(sys.argv[2])
-    script = _Script(KVCacheClient(url, kind="actor", **options))
+    script = _Script(KVCacheClient(url, kind="actor", **{"timeout_seconds": PATIENCE_SECONDS, **options}))
     for line in sys.stdin:
         verb, arguments = json.loads(line)
         try:

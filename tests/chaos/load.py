@@ -7,6 +7,7 @@ server is away; they are counted by name. The process runs until its standard in
 import contextlib
 import json
 import random
+import select
 import subprocess
 import sys
 import threading
@@ -20,8 +21,10 @@ from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import LMCacheError, StaleReadError
 from lmcache.protocol import EndSession, Evict, StoreOutcome
 from tests.chaos.content import chunk_key, chunk_keys, content
+from tests.fakes import PATIENCE_SECONDS
 
-REPORT_SECONDS = 120.0
+REPORT_SECONDS = 2 * PATIENCE_SECONDS
+ENOUGH_HITS = 250
 SIZES = (4096, 12288, 20000, 65536)
 MAX_RUN = 6
 
@@ -35,10 +38,11 @@ class Load:
         num_keys: how many different chunks there are; the more, the more evictions.
         writes_ratio: share of the operations that store.
         num_threads: clients in the process.
-        options: more for `KVCacheClient`.
+        options: more for `KVCacheClient`; without a deadline each call may take as long as a busy machine needs.
     """
 
     def __init__(self, url: str, seed: int, num_keys: int, writes_ratio: float, num_threads: int = 1, **options: Any) -> None:
+        options = {"timeout_seconds": PATIENCE_SECONDS, **options}
         arguments = [url, *map(str, (seed, num_keys, writes_ratio, num_threads)), json.dumps(options)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.chaos.load", *arguments],
@@ -52,11 +56,18 @@ class Load:
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"running\n"
 
+    def wait_until_it_has_done_enough(self) -> None:
+        """Return when it has stored something and read ENOUGH_HITS chunks, however long the server was away; call it once."""
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], REPORT_SECONDS)
+        assert ready, "it does not get to read anything"
+        assert self._process.stdout.readline() == b"enough\n"
+
     def finish(self) -> Counter[str]:
         """End it and return its counts."""
         output, _ = self._process.communicate(timeout=REPORT_SECONDS)
         assert self._process.returncode == 0
-        return Counter(json.loads(output))
+        return Counter(json.loads(output.splitlines()[-1]))
 
     def __enter__(self) -> "Load":
         return self
@@ -161,6 +172,16 @@ class _Worker:
         self._nap(indices, request_id)
 
 
+def tell_when_it_is_enough(workers: list[_Worker], stop: threading.Event) -> None:
+    def total(name: str) -> int:
+        return sum(worker.counts[name] for worker in workers)
+
+    while total("hits") < ENOUGH_HITS or not total("stored"):
+        if stop.wait(0.02):
+            return
+    print("enough", flush=True)
+
+
 def main() -> None:
     url, seed, num_keys, writes_ratio, num_threads, options = sys.argv[1:]
     stop = threading.Event()
@@ -174,8 +195,11 @@ def main() -> None:
         for thread in threads:
             thread.start()
         print("running", flush=True)
+        told = threading.Thread(target=tell_when_it_is_enough, args=(workers, stop))
+        told.start()
         sys.stdin.read()
         stop.set()
+        told.join()
         for thread in threads:
             thread.join()
     print(json.dumps(sum((worker.counts for worker in workers), Counter())))

@@ -1,7 +1,6 @@
 """Requests that are well formed and unreasonable: each costs its sender an error at most, and nobody else anything."""
 
 import contextlib
-import time
 
 import pytest
 
@@ -13,6 +12,8 @@ from lmcache.layout import KVLayout
 from lmcache.protocol import Clear, Commit, Evict, Get, Lookup, Noop, Placement, Store, StoreOutcome, encode
 from lmcache.server.service import MAX_MODELS, MAX_PENDING_CLEARS
 from tests.chaos.content import PAGE, chunk_key, chunk_keys, content
+from tests.chaos.waiting import wait_until
+from tests.fakes import PATIENCE_SECONDS
 from tests.server_process import LmcacheServer
 from tests.zmtp import RawPeer
 
@@ -89,14 +90,16 @@ def test_commit_of_a_place_that_was_not_granted_like_that_publishes_nothing(serv
 
 def test_clears_that_wait_for_a_pin_are_limited_and_keep_nobody_waiting(server, client):
     client.store(chunk_key(0), [bytes(PAGE)])
-    with client.pin(chunk_key(0)), KVCacheClient(server.zmq_url, inline=True) as other:
-        request = Clear(force=True, timeout_seconds=1.0)
-        waiting = [other.mq.submit(request, may_wait=True) for _ in range(MAX_PENDING_CLEARS)]
-        time.sleep(0.1)
-        assert server.status()["healthy"]
-        with pytest.raises(RemoteError, match="wait for pins already"):
-            other.mq.call(request)
-        assert {future.result().kept_objects for future in waiting} == {1}
+    with KVCacheClient(server.zmq_url, inline=True) as other:
+        with client.pin(chunk_key(0)):
+            assert other.mq.call(Clear(force=True, timeout_seconds=0.2)).kept_objects == 1
+            request = Clear(force=True, timeout_seconds=PATIENCE_SECONDS)
+            waiting = [other.mq.submit(request, may_wait=True) for _ in range(MAX_PENDING_CLEARS)]
+            with pytest.raises(RemoteError, match="wait for pins already"):
+                other.mq.call(request)
+            assert server.status()["healthy"]
+            assert not any(future.done() for future in waiting)
+        assert {future.result().kept_objects for future in waiting} == {0}
 
 
 def test_every_one_of_a_thousand_requests_under_way_is_answered(server):
@@ -114,6 +117,10 @@ def test_models_that_nobody_uses_any_more_are_forgotten(server, client):
     assert models[-1]["live"]
 
 
+def num_read(server: LmcacheServer) -> int:
+    return server.status()["counters"]["retrieved_chunks"]
+
+
 def test_a_reader_that_stalls_gets_the_bytes_it_asked_for(server, client):
     """Chunks of two sizes: libzmq copies the small one at once and is still sending the large one."""
     large, small = chunk_key(0), chunk_key(1)
@@ -121,8 +128,9 @@ def test_a_reader_that_stalls_gets_the_bytes_it_asked_for(server, client):
     client.store(small, [content(small, PAGE)])
     with RawPeer(server.port, receive_buffer_bytes=PAGE) as stalled:
         stalled.shake_hands()
+        before = num_read(server)
         stalled.send([b"id", encode(Get(client=client.attach().client_id)), large + small])
-        time.sleep(0.3)
+        wait_until(lambda: num_read(server) == before + 2, "the server has begun to send them")
         for index in range(10, 20):
             client.store(chunk_key(index), [b"\xee" * (4 << 20)])
         _, _, *chunks = stalled.receive()
@@ -135,7 +143,7 @@ def test_a_server_whose_reader_stalls_stops_and_leaves_nothing():
         with RawPeer(server.port, receive_buffer_bytes=PAGE) as stalled:
             stalled.shake_hands()
             stalled.send([b"id", encode(Get(client=client.attach().client_id)), chunk_key(0)])
-            time.sleep(0.3)
+            wait_until(lambda: num_read(server) == 1, "the server has begun to send it")
             assert server.stop() == 0
         assert "Traceback" not in server.log_text()
         with pytest.raises(UnreachableError):

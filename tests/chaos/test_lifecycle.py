@@ -55,6 +55,7 @@ def test_a_server_stopped_at_any_moment_under_load_leaves_nothing(pool_dir):
             assert server.stop() == 0
             assert "Traceback" not in server.log_text()
             server.start()
+        load.wait_until_it_has_done_enough()
         counts = load.finish()
         assert counts["wrong"] == 0
         assert counts["stored"] > 0

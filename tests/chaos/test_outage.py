@@ -15,6 +15,7 @@ from lmcache.pool import CLIENT_SUFFIX, is_client_alive
 from lmcache.protocol import EndSession, Evict, StoreOutcome
 from tests.chaos.content import PAGE, chunk_key, chunk_keys, content
 from tests.chaos.waiting import wait_until
+from tests.fakes import PATIENCE_SECONDS
 from tests.server_process import LmcacheServer
 
 LAYOUT = KVLayout(num_layers=2, num_planes=2, block_bytes=512, block_size=16, dtype="bfloat16")
@@ -60,7 +61,7 @@ def test_calls_to_a_server_that_hangs_end_at_their_deadline(server):
         ]
         taken = [seconds_of(call) for call in calls]
         server.thaw()
-        client.mq.timeout_seconds = 60
+        client.mq.timeout_seconds = PATIENCE_SECONDS
         assert max(taken) < 0.5 + SLACK_SECONDS, taken
         assert client.pin(chunk_key(0)).extents[0] == content(chunk_key(0), PAGE)
 
@@ -109,7 +110,7 @@ def test_with_a_heartbeat_calls_fail_at_once_while_the_server_hangs_and_work_aga
             lambda: attached(server) == [(True, "a-model")] and not client._down_reason,
             "attached and registered again",
         )
-        client.mq.timeout_seconds = 60
+        client.mq.timeout_seconds = PATIENCE_SECONDS
         assert client.store(chunk_key(0), [bytes(chunk_bytes())]) == [StoreOutcome.RESERVED]
 
 
@@ -169,6 +170,7 @@ def test_an_introduction_that_is_cut_short_leaves_nothing_behind(server, monkeyp
                 client.attach()
         assert server.shared_files() == [Path(server.pool_path)]
         server.thaw()
+        client.mq.timeout_seconds = PATIENCE_SECONDS
         client.store(chunk_key(0), [bytes(PAGE)])
 
 

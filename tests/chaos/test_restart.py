@@ -131,7 +131,8 @@ def test_a_server_killed_at_any_moment_under_load_never_serves_a_wrong_byte(name
         for _ in range(NUM_KILLS):
             time.sleep(0.1 + moments.random() ** 2 * 0.4)
             restart(named)
-        time.sleep(1.0)
+        for load in loads:
+            load.wait_until_it_has_done_enough()
         counts = [load.finish() for load in loads]
     assert_adds_up(named)
     print(counts)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.server_process import LmcacheServer
 
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 120.0
 
 
 def wait_until(is_true: Callable[[], object], what: str, seconds: float = LIMIT_SECONDS) -> None:

@@ -29,7 +29,7 @@ def server():
 
 def bench(server, *flags, code=0):
     """Run it and return the JSON document, after a look at the exit code."""
-    found = run_lmcache("bench", "kvcache", "--url", server.zmq_url, "--format", "json", *flags)
+    found = run_lmcache("bench", "kvcache", "--url", server.zmq_url, "--format", "json", "--timeout", "60", *flags)
     assert found.returncode == code, found.stderr + found.stdout
     assert "Traceback" not in found.stderr
     return json.loads(found.stdout)
@@ -261,7 +261,7 @@ def test_a_server_that_dies_ends_the_run_with_a_message():
 
 
 def test_a_server_that_hangs_ends_the_run_with_a_message(server):
-    with running_bench(server, "--duration", "600", "--timeout", "0.5") as process:
+    with running_bench(server, "--duration", "600", "--timeout", "3") as process:
         server.freeze()
         try:
             _, stderr = process.communicate(timeout=WAIT_SECONDS)

@@ -19,6 +19,9 @@ ANSWER_SECONDS = 60.0
 MAX_IDLE_SOCKETS = 40
 RESET = struct.pack("ii", 1, 0)
 TOKEN = "let-me"
+# Each must have been answered; a machine that is too busy to have come to that gets more time.
+WANTED = {"200", "400", "401", "404", "405", "422"}
+EXTRA_SECONDS = 120.0
 
 METHODS = ("GET", "POST", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "get", "G\0T", "X" * 100, "")
 PATHS = (
@@ -69,7 +72,7 @@ def test_nothing_sent_to_the_http_port_harms_the_server(fuzz_seconds, rng):
                 watch.close()
     print(f"{sum(counts.values())} requests: {dict(sorted(counts.items()))}")
     assert not [status for status in counts if status.startswith("5") and status != "503"]
-    assert {"200", "400", "401", "404", "405", "422"} <= set(counts)
+    assert counts.keys() >= WANTED
 
 
 def fuzz(server: LmcacheServer, watch: Watch, rng: random.Random, counts: Counter[str], seconds: float) -> None:
@@ -78,7 +81,7 @@ def fuzz(server: LmcacheServer, watch: Watch, rng: random.Random, counts: Counte
     idle: list[socket.socket] = []
     with httpx.Client(base_url=server.http_url, timeout=ANSWER_SECONDS) as client:
         try:
-            while time.monotonic() < deadline:
+            while time.monotonic() < deadline or (not counts.keys() >= WANTED and time.monotonic() < deadline + EXTRA_SECONDS):
                 if rng.random() < 0.4:
                     counts[str(good_request(client, rng).status_code)] += 1
                 else:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.chaos.waiting import wait_until
 from tests.server_process import LmcacheServer
 from tests.vllm_process import MODEL_NAME, VllmServer
 
@@ -20,6 +21,7 @@ CHUNK_SIZE = 256
 STEP_TOKENS = 7 * CHUNK_SIZE
 RECONNECT_SECONDS = 180.0
 REQUEST_SECONDS = 600.0
+LOOKUP_SECONDS = 15.0
 PLACEHOLDERS = Path(__file__).parents[1] / "cuda_placeholders"
 PATHS = [str(PLACEHOLDERS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 BUILT_IN = {"LMCACHE_USE_UPSTREAM_MP": "1", "PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
@@ -29,6 +31,12 @@ def make_prompt(seed: object, num_tokens: int) -> list[int]:
     """Token ids that share no prefix with those of another seed."""
     generator = random.Random(str(seed))
     return [generator.randrange(10, 8000) for _ in range(num_tokens)]
+
+
+def is_at_rest(server: LmcacheServer) -> bool:
+    """Whether no request holds anything."""
+    status = server.status()
+    return not (status["l1"]["pins"] or status["sessions"] or status["l1"]["reserved_bytes"])
 
 
 class Engine(VllmServer):
@@ -51,6 +59,8 @@ class Engine(VllmServer):
             "kv_connector_extra_config": {
                 "lmcache.mp.host": "tcp://127.0.0.1",
                 "lmcache.mp.port": server.port,
+                # Half of the tests run on the other core: what is there must be found however long an answer takes.
+                "lmcache.mp.lookup_timeout": LOOKUP_SECONDS,
             },
         }
         ours = ["--max-num-batched-tokens", str(STEP_TOKENS), "--kv-transfer-config", json.dumps(transfer)]
@@ -72,6 +82,7 @@ class Engine(VllmServer):
         """Return the text, and the tokens that were meanwhile looked up with success, loaded and stored."""
         before = self.server.status()["counters"]
         text = self.ask(prompt, **extra)
+        wait_until(lambda: is_at_rest(self.server), "the server has heard of the request's end")
         after = self.server.status()["counters"]
         return text, {
             "hit": CHUNK_SIZE * (after["lookup_chunks"]["hit"] - before["lookup_chunks"]["hit"]),

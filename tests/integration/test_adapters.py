@@ -83,7 +83,8 @@ class Engine:
 
     def __init__(self, server, monkeypatch, model_dir, **changes):
         pytest.importorskip("vllm", reason="its version is part of the layout: make setup-vllm")
-        extra = {"lmcache.mp.port": server.port, **changes.pop("extra", {})}
+        patience = {"lmcache.mp.mq_timeout": 30.0, "lmcache.mp.lookup_timeout": 30.0}  # the most that can be asked for
+        extra = {"lmcache.mp.port": server.port, **patience, **changes.pop("extra", {})}
         config = make_vllm_config(model_dir, extra=extra, **changes)
         monkeypatch.setattr(adapters, "current_vllm_config", lambda: config)
         common = {

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+import pickle
 import random
 import threading
 import time
@@ -28,9 +30,11 @@ from lmcache.integration.vllm.steps import (  # noqa: E402
 from lmcache.integration.vllm.worker import WorkerHalf  # noqa: E402
 from lmcache.keys import Namespace, chunk_keys, split_keys  # noqa: E402
 from lmcache.layout import KVLayout  # noqa: E402
-from lmcache.protocol import Clear, Evict  # noqa: E402
+from lmcache.protocol import Clear, EndSession, Evict  # noqa: E402
 from lmcache.transfer.base import CancelledTransferError, StuckTransferError  # noqa: E402
 from lmcache.transfer.cpu import CpuCopier  # noqa: E402
+from tests.chaos.waiting import wait_until  # noqa: E402
+from tests.fakes import PATIENCE_SECONDS  # noqa: E402
 from tests.integration.simulated_engine import (  # noqa: E402
     BLOCK_BYTES,
     BLOCK_SIZE,
@@ -46,29 +50,78 @@ CHUNK_SIZE = 2 * BLOCK_SIZE
 LAYOUT = KVLayout(num_layers=NUM_LAYERS, num_planes=1, block_bytes=BLOCK_BYTES, block_size=BLOCK_SIZE, dtype="u8")
 
 
+FAULTS = ["lost", "fewer", "stale", "taken before the copy", "taken after the copy"]
+CHUNK_BYTES = LAYOUT.chunk_bytes(CHUNK_SIZE)
+
+
 class FaultyClient(KVCacheClient):
-    """A worker's client whose loads fail in every way there is, at a given rate."""
+    """A worker's client whose loads fail in every way there is, at a given rate.
+
+    Places that it was told are of no use where the server is `lost`, or has `fewer` of the chunks; it is asked then, and
+    fails to answer.
+    """
 
     def __init__(self, url, generator, fault_rate):
         super().__init__(url, kind="engine-worker")
         self._generator = generator
         self.fault_rate = fault_rate
+        self.num_borrowed = 0
+        self.num_taken = 0
+
+    def borrow(self, placements, boot):
+        fault = self._choose()
+        if fault in ("lost", "fewer"):
+            return None
+        if fault == "taken before the copy":
+            self._take_everything()
+        borrowed = super().borrow(placements, boot)
+        self.num_borrowed += borrowed is not None
+        return self._spoil(borrowed, fault) if borrowed is not None else None
 
     def pin(self, keys, request_id="", rank=0):
-        fault = self._generator.choice(["lost", "fewer", "stale"])
-        if self._generator.random() >= self.fault_rate:
-            return super().pin(keys, request_id, rank)
+        fault = self._choose()
         if fault == "lost":
             raise UnreachableError("the test lost the server")
         if fault == "fewer":
             keys = b"".join(split_keys(keys)[: len(keys) // 32 // 2])
-            return super().pin(keys, request_id, rank)
         pinned = super().pin(keys, request_id, rank)
-        pinned.verify = self._stale
+        if fault == "taken before the copy":
+            self._take_everything()
+        return self._spoil(pinned, fault)
+
+    def _choose(self):
+        fault = self._generator.choice(FAULTS)
+        return fault if self._generator.random() < self.fault_rate else ""
+
+    def _spoil(self, pinned, fault):
+        verify = pinned.verify
+
+        def stale(check_content=False):
+            raise StaleReadError("the test says so")
+
+        def take_and_verify(check_content=False):
+            self._take_everything()
+            verify(check_content)
+
+        if fault == "stale":
+            pinned.verify = stale
+        elif fault == "taken after the copy":
+            pinned.verify = take_and_verify
         return pinned
 
-    def _stale(self, check_content=False):
-        raise StaleReadError("the test says so")
+    def _take_everything(self):
+        """End all sessions whatever they hold, evict all chunks, and have others written where they lay."""
+        take_everything(self.mq.url, [f"r{number}" for number in range(20)])
+        self.num_taken += 1
+
+
+def take_everything(url, request_ids):
+    """Unpin what these requests hold, evict all chunks, and write others where they lay."""
+    with KVCacheClient(url) as thief:
+        for request_id in request_ids:
+            thief.mq.call(EndSession(request_id=request_id))
+        thief.mq.call(Clear())
+        thief.store(os.urandom(64 * 32), [b"\xbb" * CHUNK_BYTES] * 64)
 
 
 class LaterCopier(CpuCopier):
@@ -112,19 +165,18 @@ def server():
         yield server
 
 
+def turns(seconds=120.0):
+    """Steps for as long as something may take to come true; a step that hears nothing from a busy server is over at once."""
+    deadline = time.monotonic() + seconds
+    while True:
+        yield
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+
+
 class Setup:
     """An engine with both halves attached to an emptied server."""
 
-    def __init__(
-        self,
-        server,
-        num_blocks=48,
-        faults=None,
-        saves_decode=False,
-        lookup_timeout_seconds=30.0,
-        make_copier=CpuCopier,
-        **engine,
-    ):
+    def __init__(self, server, num_blocks=48, faults=None, saves_decode=False, make_copier=CpuCopier, **engine):
         with KVCacheClient(server.zmq_url) as client:
             client.mq.call(Clear())
         self.planes = [torch.full((num_blocks, BLOCK_BYTES), 0xEE, dtype=torch.uint8) for _ in range(NUM_LAYERS)]
@@ -134,7 +186,7 @@ class Setup:
         )
         self.namespace = Namespace(model="simulated", layout=LAYOUT.fingerprint, chunk_size=0)
         self.scheduler = SchedulerHalf(
-            self.scheduler_client, saves_decode=saves_decode, lookup_timeout_seconds=lookup_timeout_seconds
+            self.scheduler_client, saves_decode=saves_decode, lookup_timeout_seconds=PATIENCE_SECONDS
         )
         self.worker = WorkerHalf(self.worker_client)
         self.copier = make_copier(LAYOUT, self.planes)
@@ -152,11 +204,28 @@ class Setup:
     def run(self, *requests):
         for request in requests:
             self.engine.add(request)
-        for _ in range(1000):
+        for _ in turns():
             if not self.engine.has_work:
                 return
             self.engine.step()
-        raise AssertionError("the engine does not come to an end")
+
+    def span_to_load(self, request_id, tokens, block_ids):
+        """Return the load of these tokens' whole chunks, as the scheduler plans it: looked up, pinned, its places known."""
+        request = SimRequest(request_id, [*tokens, 0], max_tokens=0)
+        self.scheduler.announced(request)
+        for _ in turns():
+            num_tokens = self.scheduler.match(request, 0)
+            if num_tokens is not None:
+                break
+            self.scheduler.begin_step()
+        self.scheduler.allocated(request_id, block_ids, num_tokens)
+        (span,) = self.scheduler.plan_loads().loads
+        assert len(span.places) == span.num_chunks == len(tokens) // CHUNK_SIZE
+        return span
+
+    def loaded(self, block_ids):
+        """Return what lies in the engine's blocks, layer by layer."""
+        return [[bytes(plane[block].tolist()) for block in block_ids] for plane in self.planes]
 
     def wait_for_stores(self):
         """Return when nothing is left to store."""
@@ -221,7 +290,7 @@ def test_whatever_fails_no_wrong_byte_is_used_or_stored(
     with Setup(server, num_blocks, faults, make_copier=copier, **settings) as setup:
         requests = make_requests(generator, 12)
         waiting = list(requests)
-        for _ in range(2000):
+        for _ in turns():
             if waiting and generator.random() < 0.4:
                 setup.engine.add(waiting.pop())
             if setup.engine.running and generator.random() < 0.1:
@@ -237,9 +306,9 @@ def test_whatever_fails_no_wrong_byte_is_used_or_stored(
             assert stored == expected[: len(stored)]
             if not fault_rate and later is None:  # a preempted request's stores are given up
                 assert len(stored) == len(expected)
+        wait_until(lambda: not server.status()["sessions"], "all sessions are over")
         status = server.status()
-        assert (status["l1"]["pins"], status["sessions"]) == (0, 0)
-        assert status["l1"]["reserved_bytes"] == 0
+        assert (status["l1"]["pins"], status["l1"]["reserved_bytes"]) == (0, 0)
 
 
 def prompt_of(seed, num_tokens):
@@ -290,7 +359,7 @@ def test_a_chunk_that_is_gone_costs_exactly_its_own_blocks_and_those_after(serve
             assert loaded == expected[layer][:8]
 
 
-@pytest.mark.parametrize("fault", ["lost", "fewer", "stale"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_every_kind_of_failed_load_is_reported_and_stops_stores_until_it_is_heard_of(server, fault):
     prompt = prompt_of(4, 40)
     with Setup(server, faults=(OneFault(fault), 1.0)) as setup:
@@ -369,6 +438,125 @@ def test_stores_that_do_not_keep_up_are_dropped_not_waited_for(server, monkeypat
         assert 0 < sum(map(len, stored)) < 12
 
 
+def test_a_load_whose_places_are_known_asks_the_server_for_nothing_and_is_counted(server, monkeypatch):
+    prompt, blocks = prompt_of(13, 48), list(range(20, 32))
+    with Setup(server) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        span = setup.span_to_load("r1", prompt, blocks)
+        before = server.status()["counters"]
+        monkeypatch.setattr(setup.worker_client, "pin", None)
+        setup.worker.load(StepPlan([span]))
+        assert setup.worker.take_failed_blocks() == set()
+        assert setup.loaded(blocks) == expected_kv(prompt)
+        report = setup.worker.take_report()
+        assert report == StepReport(frozenset({"r1"}), {0: 0})
+        assert server.status()["l1"]["pins"] == 6
+        setup.scheduler.hear_report(report, ())
+        wait_until(lambda: not server.status()["l1"]["pins"], "the lookup's pins are gone")
+        after = server.status()["counters"]
+        grown = {name: after[f"retrieved_{name}"] - before[f"retrieved_{name}"] for name in ("chunks", "bytes", "tokens")}
+        assert grown == {"chunks": 6, "bytes": 6 * CHUNK_BYTES, "tokens": 48}
+
+
+def test_a_load_of_the_end_of_a_prefix_is_copied_from_the_places_of_its_own_chunks(server, monkeypatch):
+    prompt = prompt_of(14, 50)
+    with Setup(server, has_prefix_cache=True) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        kept = 3 * BLOCK_SIZE  # so the first of the chunks that are loaded is loaded in part
+        setup.engine.cached = {key: b for key, b in setup.engine.cached.items() if len(key[1]) <= kept}
+        monkeypatch.setattr(setup.worker_client, "pin", None)
+        setup.run(SimRequest("b", prompt, max_tokens=0))
+        assert (setup.engine.num_loaded_tokens, setup.engine.num_failed_loads) == (48 - kept, 0)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_load_whose_places_are_known_reports_what_it_did_not_fill_whatever_happens(server, fault):
+    prompt, blocks = prompt_of(15, 48), list(range(20, 32))
+    with Setup(server, faults=(OneFault(fault), 0.0)) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        span = setup.span_to_load("r1", prompt, blocks)
+        setup.worker_client.fault_rate = 1.0
+        setup.worker.load(StepPlan([span]))
+        filled = 6 if fault == "fewer" else 0
+        assert setup.worker.take_failed_blocks() == set(blocks[filled:])
+        assert setup.worker.take_report() == StepReport(frozenset({"r1"}), {0: 1})
+        assert setup.loaded(blocks[:filled]) == [layer[:filled] for layer in expected_kv(prompt)]
+        assert bool(setup.worker_client.num_borrowed) == (fault not in ("lost", "fewer"))
+        setup.scheduler.finished("r1")
+
+
+@pytest.mark.parametrize("who", ["the scheduler left", "its sessions were ended"])
+def test_chunks_whose_pins_are_gone_are_loaded_right_or_not_at_all(server, who):
+    prompt, blocks = prompt_of(16, 48), list(range(20, 32))
+    with Setup(server) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        span = setup.span_to_load("r1", prompt, blocks)
+        if who == "the scheduler left":
+            setup.scheduler.close()
+        else:
+            with KVCacheClient(server.zmq_url) as client:
+                client.mq.call(EndSession(request_id="r1"))
+        setup.worker.load(StepPlan([span]))
+        assert setup.worker.take_failed_blocks() == set()
+        assert setup.loaded(blocks) == expected_kv(prompt)
+        take_everything(server.zmq_url, [])
+        setup.worker.load(StepPlan([span]))
+        assert setup.worker.take_failed_blocks() == set(blocks)
+
+
+def test_places_that_a_server_told_before_it_was_restarted_are_right_or_not_used():
+    """The next server has the same pool and knows of no pins."""
+    prompt, blocks = prompt_of(17, 48), list(range(20, 32))
+    flags = ["--chunk-size", str(CHUNK_SIZE), "--pool-name", f"test-halves-{os.getpid()}"]
+    with LmcacheServer(flags, leaves_pool=True) as server, Setup(server) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        span = setup.span_to_load("r1", prompt, blocks)
+        server.kill()
+        setup.worker.load(StepPlan([span]))  # nobody is there, and nobody can have taken the places
+        assert setup.worker.take_failed_blocks() == set()
+        assert setup.loaded(blocks) == expected_kv(prompt)
+        server.start()
+        take_everything(server.zmq_url, [])
+        setup.worker.load(StepPlan([span]))
+        assert setup.worker.take_failed_blocks() == set(blocks)
+        setup.worker_client.lookup(b"")  # introduces itself to the new server
+        assert setup.worker_client.borrow(span.places, span.boot) is None
+        setup.worker.load(StepPlan([span]))
+        assert setup.worker.take_failed_blocks() == set(blocks)
+
+
+def test_each_rank_loads_from_its_own_places(server, monkeypatch):
+    prompt = prompt_of(18, 33)
+    namespace = Namespace(model="two ranks", layout=LAYOUT.fingerprint, chunk_size=0, world_size=2)
+    keys = chunk_keys(msgspec.structs.replace(namespace, chunk_size=CHUNK_SIZE), prompt)
+    with contextlib.ExitStack() as stack:
+        halves, planes = [], []
+        for rank in range(2):
+            client = stack.enter_context(KVCacheClient(server.zmq_url, kind="engine-worker"))
+            planes.append([torch.randint(256, (16, BLOCK_BYTES), dtype=torch.uint8) for _ in range(NUM_LAYERS)])
+            halves.append(WorkerHalf(client))
+            halves[rank].start(CpuCopier(LAYOUT, planes[rank]), namespace, rank)
+            halves[rank].store(StepPlan(stores=[StoreSpan("a", keys, list(range(8)), 2)]))
+            monkeypatch.setattr(client, "pin", None)
+        scheduler = SchedulerHalf(stack.enter_context(KVCacheClient(server.zmq_url)), lookup_timeout_seconds=PATIENCE_SECONDS)
+        scheduler.hear([half.hello for half in halves])
+        request = SimRequest("b", prompt, max_tokens=0)
+        scheduler.announced(request)
+        for _ in turns():
+            if scheduler.match(request, 0) is not None:
+                break
+            scheduler.begin_step()
+        scheduler.allocated("b", list(range(8, 16)), 32)
+        plan = scheduler.plan_loads()
+        assert len(plan.loads[0].places) == 2 * 4
+        for half, own in zip(halves, planes, strict=True):
+            half.load(pickle.loads(pickle.dumps(plan)))  # as vLLM carries it
+            assert half.take_failed_blocks() == set()
+            assert all(torch.equal(plane[8:16], plane[:8]) for plane in own)
+        assert not torch.equal(planes[0][0], planes[1][0])
+        scheduler.finished("b")
+
+
 def test_what_is_computed_over_a_block_that_is_not_computed_again_yet_is_not_stored(server):
     """A's load fails; C takes A's blocks from the engine's own cache before A has mended them."""
     stem, tail = prompt_of(5, 48), prompt_of(6, 20)
@@ -378,8 +566,10 @@ def test_what_is_computed_over_a_block_that_is_not_computed_again_yet_is_not_sto
         setup.engine.cached.clear()
         setup.worker_client.fault_rate = 1.0
         setup.engine.add(SimRequest("a", [*stem, 1], max_tokens=0))
-        setup.engine.step()
-        assert setup.engine.num_failed_loads == 1
+        for _ in turns():
+            setup.engine.step()  # nothing happens until the lookup is answered
+            if setup.engine.num_failed_loads == 1:
+                break
         setup.worker_client.fault_rate = 0.0
         setup.run(SimRequest("c", [*stem, *tail], max_tokens=20))
         stored = setup.stored_chunks([*stem, *tail])
@@ -422,20 +612,21 @@ def frozen(server):
 
 def test_a_lookup_that_is_not_answered_is_asked_for_again_and_then_a_miss(server):
     prompt = prompt_of(11, 40)
-    with Setup(server, lookup_timeout_seconds=0.3) as setup:
+    with Setup(server) as setup:
         setup.run(SimRequest("a", prompt, max_tokens=0))
-        scheduler, client = setup.scheduler, setup.scheduler_client
+        scheduler, client = SchedulerHalf(setup.scheduler_client, lookup_timeout_seconds=1.0), setup.scheduler_client
+        scheduler.hear([setup.worker.hello])
         with frozen(server):
             request = SimRequest("b", prompt, max_tokens=0)
             scheduler.announced(request)
-            assert scheduler.match(request, 0) is None
-            assert scheduler.match(request, 0) is None
-            deadline = time.monotonic() + 30
-            with contextlib.suppress(DeadlineError):
-                while scheduler.match(request, 0) is None:
-                    assert time.monotonic() < deadline
+
+            def ask_step_by_step():
+                for _ in turns():
+                    assert scheduler.match(request, 0) is None
                     scheduler.plan_loads()
-                raise AssertionError("it was answered")
+
+            with pytest.raises(DeadlineError):
+                ask_step_by_step()
             assert scheduler.match(request, 0) == 0
             scheduler.allocated("b", list(range(10)), 0)
             scheduler.free_pins("b")
@@ -509,10 +700,8 @@ def test_an_engine_without_a_server_goes_on_and_finds_it_when_it_comes():
         worker.load(StepPlan([ChunkSpan("r", bytes(64), [3, 1, 2, 5], 2)]))
         assert worker.take_failed_blocks() == {1, 2, 3, 5}
         with server:
-            deadline = time.monotonic() + 30
-            while not server.status()["models"]:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            client.mq.timeout_seconds = PATIENCE_SECONDS
+            wait_until(lambda: server.status()["models"], "the engine is registered")
             worker.close()
     finally:
         worker.close()

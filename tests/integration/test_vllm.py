@@ -12,9 +12,11 @@ import time
 
 import pytest
 
+from lmcache.client.mq import MessageQueueClient
+from lmcache.protocol import Clear
 from tests.chaos.waiting import wait_until
 from tests.cli.conftest import Cli
-from tests.integration.conftest import BUILT_IN, CHUNK_SIZE, STEP_TOKENS, Engine, make_prompt
+from tests.integration.conftest import BUILT_IN, CHUNK_SIZE, STEP_TOKENS, Engine, is_at_rest, make_prompt
 from tests.server_process import running_lmcache
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -182,13 +184,11 @@ def test_nothing_stays_pinned_and_each_request_is_forgotten(engines, stored, cac
     wait_until(lambda: is_at_rest(cache_server), "no pins, sessions and reservations", 60)
 
 
-def is_at_rest(server):
-    status = server.status()
-    return not (status["l1"]["pins"] or status["sessions"] or status["l1"]["reserved_bytes"])
-
-
 def fail_the_load(engine, server, prompt):
-    """Return vLLM's answer to a prompt that is found, but whose chunks are gone with the server when they are loaded."""
+    """Return vLLM's answer to a prompt that is found, but whose chunks are gone when they are loaded.
+
+    The next server knows of nobody's pins, and is emptied.
+    """
     engine.forget()
     worker = engine.pid_of("engine-worker")
     before = server.status()["counters"]["lookup_chunks"]["hit"]
@@ -199,27 +199,39 @@ def fail_the_load(engine, server, prompt):
             wait_until(lambda: server.status()["counters"]["lookup_chunks"]["hit"] > before, "it was looked up", 60)
             time.sleep(0.5)  # the scheduler reads the answer, or its load fails too late to matter here
             server.kill()
+            server.start()
+            with MessageQueueClient(server.zmq_url) as client:
+                client.call(Clear())
         finally:
             os.kill(worker, signal.SIGCONT)
         return answer.result()
+
+
+def store_again(engines):
+    """Fill the cache with each engine's prompt."""
+    for name, engine in engines.items():
+        engine.wait_for_cache()
+        engine.forget()
+        engine.ask(prompts_of(name)[0])
 
 
 def test_a_load_that_fails_is_computed_under_the_policy_recompute(engines, stored, cache_server):
     response = fail_the_load(engines["ours"], cache_server, prompts_of("ours")[0])
     assert response.status_code == 200, response.text
     assert response.json()["choices"][0]["text"] == stored["ours"]["cold"]
-    cache_server.start()
-    for engine in engines.values():
-        engine.wait_for_cache()
     wait_until(lambda: num_failed_blocks(cache_server) >= CACHED // 128, "the failed load was reported", 60)
+    store_again(engines)
 
 
 def num_failed_blocks(server):
     return sum(server.status()["counters"]["retrieve_failed"].values())
 
 
-def test_the_pool_that_the_server_left_is_warm_for_its_successor(engines, stored):
+def test_the_pool_that_the_server_left_is_warm_for_its_successor(engines, stored, cache_server):
+    cache_server.kill()
+    cache_server.start()
     for name, engine in engines.items():
+        engine.wait_for_cache()
         engine.forget()
         text, counts = engine.ask_counted(prompts_of(name)[0])
         assert (text, counts) == (stored[name]["prompt"], {"hit": CACHED, "loaded": CACHED, "stored": 0})
@@ -230,8 +242,7 @@ def test_a_load_that_fails_is_an_error_under_the_policy_fail_and_the_engine_live
     response = fail_the_load(engine, cache_server, prompts_of("built-in")[0])
     assert response.status_code >= 500, response.text
     assert engine.ask(prompts_of("built-in")[0]) == stored["built-in"]["cold"]
-    cache_server.start()
-    engine.wait_for_cache()
+    store_again(engines)
 
 
 def test_requests_are_answered_while_the_server_is_away(engines, stored, cache_server):

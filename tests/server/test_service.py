@@ -29,6 +29,7 @@ from lmcache.protocol import (
     Put,
     RegisterKVCache,
     Release,
+    Report,
     Retrieve,
     Store,
     StoreOutcome,
@@ -373,6 +374,48 @@ def test_a_lookup_pins_what_it_found_for_all_ranks_and_without_a_client_nothing(
     assert service.pins == 4
     assert service.call(Lookup(client=client.id, request_id="r"), [keys(9)]).status.value == "MISS"
     assert service.call(EndSession(client=client.id, request_id="r")).released == 4
+
+
+def test_a_lookup_tells_a_mapped_client_that_asks_where_the_chunks_of_each_rank_lie(service):
+    client, remote = service.client(), service.client(mapped=False)
+    stored = [client.store(1, 2, rank=rank) for rank in range(2)]
+    lookup = Lookup(client=client.id, request_id="r", world_size=2, places=True)
+    reply = service.call(lookup, [keys(1, 2, 3)])
+    assert reply.placements == [stored[0][0], stored[1][0], stored[0][1], stored[1][1]]
+    for other in (
+        msgspec.structs.replace(lookup, places=False),
+        msgspec.structs.replace(lookup, client=None),
+        msgspec.structs.replace(lookup, client=remote.id),
+    ):
+        reply = service.call(other, [keys(1, 2, 3)])
+        assert (reply.hit_chunks, reply.placements) == (2, [])
+
+
+def test_a_lookup_tells_all_places_or_none_where_they_are_too_many(service, monkeypatch):
+    monkeypatch.setattr("lmcache.server.service.MAX_PLACES", 3)
+    client = service.client()
+    client.store(*range(4))
+    lookup = Lookup(client=client.id, request_id="r", places=True)
+    assert len(service.call(lookup, [keys(0, 1, 2)]).placements) == 3
+    reply = service.call(lookup, [keys(0, 1, 2, 3)])
+    assert (reply.hit_chunks, reply.placements) == (4, [])
+
+
+def test_what_an_engine_read_at_the_places_of_its_lookup_is_counted_as_retrieved(service):
+    def counted():
+        return [service.value(f"retrieved_{what}") for what in ("chunks", "bytes", "tokens")]
+
+    first, second, stranger = service.client(), service.client(), service.client()
+    first.register(world_size=2)
+    second.register(rank=1, world_size=2)
+    service.call(Report(client=first.id, loaded_chunks=3))
+    assert counted() == [3, 3 * PAGE_BYTES, 3 * CHUNK_SIZE]
+    service.call(Report(client=second.id, loaded_chunks=2))
+    assert counted() == [5, 5 * PAGE_BYTES, 3 * CHUNK_SIZE]
+    service.call(Report(client=stranger.id, loaded_chunks=1))
+    assert counted() == [6, 5 * PAGE_BYTES, 3 * CHUNK_SIZE]
+    service.call(Report(client=first.id, loaded_chunks=MAX_CHUNKS))
+    assert counted()[1] == 5 * PAGE_BYTES + service.pool.header.capacity_bytes, "a made-up count adds no more than there is"
 
 
 @pytest.mark.parametrize(("start", "end", "released"), [(0, 4, 8), (1, 3, 4), (3, 1, 0), (2, 2**62, 4), (9, 10, 0)])

@@ -174,7 +174,7 @@ def test_where_the_kernel_cannot_populate_the_files_blocks_are_allocated(pool: P
 def test_closing_in_the_middle_ends_the_threads(pool: PoolFile, monkeypatch: pytest.MonkeyPatch):
     made = Residency(pool)
     real = Residency._populate
-    monkeypatch.setattr(Residency, "_populate", lambda self, piece: (made._stop.wait(0.2), real(self, piece)))
+    monkeypatch.setattr(Residency, "_populate", lambda self, piece: (piece and made._stop.wait(300), real(self, piece)))
     made.start()
     made.close()
     assert not made.is_running

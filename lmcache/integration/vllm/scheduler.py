@@ -37,7 +37,7 @@ from lmcache.integration.vllm.utils import ConnectorConfig, is_cacheable, reques
 from lmcache.keys import KEY_BYTES, ChunkHasher, Namespace
 from lmcache.layout import KVLayout
 from lmcache.log import RateLimitedLog, init_logger
-from lmcache.protocol import MAX_CHUNKS
+from lmcache.protocol import MAX_CHUNKS, Placement
 
 logger = init_logger(__name__)
 
@@ -52,8 +52,8 @@ class TrackedRequest:
     """What is known of one request that vLLM has asked about.
 
     `tokens` are vLLM's own and grow; `keys` covers their whole chunks, up to the last time somebody
-    needed them. `lookup` is under way; its answer for the admission to come is `hit_chunks`, valid in
-    the server life `hit_boot`. Chunks before `stored_chunks` need not be offered for storing. While
+    needed them. `lookup` is under way; its answer for the admission to come is `hit_chunks`, which lie
+    at `places`, valid in the server life `hit_boot`. Chunks before `stored_chunks` need not be offered for storing. While
     some blocks are distrusted, `own_from` is the token from which on the request has computed all KV
     itself, and from trusted blocks.
     """
@@ -67,6 +67,7 @@ class TrackedRequest:
     keys: bytes = b""
     lookup: PendingLookup | None = None
     hit_chunks: int = 0
+    places: list[Placement] = field(default_factory=list)
     hit_boot: str = ""
     may_hold_pins: bool = False
     matched_from: int = 0
@@ -98,6 +99,7 @@ class SchedulerHalf:
         client: this process's own.
         can_load, can_store: what vLLM's `kv_role` allows.
         saves_decode: also store chunks that hold generated tokens.
+        passes_places: the plans go to the workers, so that these need not ask where the chunks of a load lie.
         lookup_timeout_seconds: how long a request waits in vLLM's queue for what is cached of it.
     """
 
@@ -108,12 +110,14 @@ class SchedulerHalf:
         can_load: bool = True,
         can_store: bool = True,
         saves_decode: bool = False,
+        passes_places: bool = True,
         lookup_timeout_seconds: float = ConnectorConfig.lookup_timeout_seconds,
     ) -> None:
         self._client = client
         self._can_load = can_load
         self._can_store = can_store
         self._saves_decode = saves_decode
+        self._passes_places = passes_places
         self._lookup_timeout_seconds = lookup_timeout_seconds
         self._namespace: Namespace | None = None
         self._layout: KVLayout | None = None
@@ -205,6 +209,7 @@ class SchedulerHalf:
             tracked.request_id,
             tracked.namespace.world_size,
             self._lookup_timeout_seconds,
+            places=self._passes_places,
         )
         tracked.may_hold_pins = True
 
@@ -216,13 +221,14 @@ class SchedulerHalf:
             if not self._has_come(tracked.lookup):
                 return None
             lookup, tracked.lookup = tracked.lookup, None
-            tracked.hit_chunks, tracked.hit_boot = 0, self._client.present().boot  # should it have failed
+            tracked.hit_chunks, tracked.places = 0, []  # should it have failed
+            tracked.hit_boot = self._client.present().boot
             try:
                 reply = lookup.result()
             except LMCacheError as exc:
                 self._client.tally.add(failed_lookups={failure_reason(exc): 1})
                 raise
-            tracked.hit_chunks, tracked.hit_boot = reply.l1_chunks, reply.boot
+            tracked.hit_chunks, tracked.places, tracked.hit_boot = reply.l1_chunks, reply.placements, reply.boot
             tracked.may_hold_pins = reply.l1_chunks > 0
         return min(tracked.hit_chunks, self._usable_chunks(tracked))
 
@@ -244,21 +250,24 @@ class SchedulerHalf:
             tracked.lookup = None
         tracked.block_ids = list(block_ids)
         tracked.stored_chunks = tracked.hit_chunks
-        tracked.hit_chunks, tracked.hit_boot = 0, ""  # another admission looks again
         tracked.own_from = UNKNOWN
         if num_external_tokens > 0:
             self._loads.append(self._span_to_load(tracked, num_external_tokens))
+        tracked.hit_chunks, tracked.places, tracked.hit_boot = 0, [], ""  # another admission looks again
 
     def _span_to_load(self, tracked: TrackedRequest, num_tokens: int) -> ChunkSpan:
         chunk_size, block_size = tracked.namespace.chunk_size, tracked.block_size
         start, end = tracked.matched_from, tracked.matched_from + num_tokens
-        first_chunk = start // chunk_size
+        first_chunk, end_chunk = start // chunk_size, -(-end // chunk_size)
+        num_ranks = tracked.namespace.world_size
         return ChunkSpan(
             tracked.request_id,
-            tracked.key_span(first_chunk, -(-end // chunk_size)),
+            tracked.key_span(first_chunk, end_chunk),
             tracked.block_ids[start // block_size : -(-end // block_size)],
             tracked.blocks_per_chunk,
             skip_blocks=(start - first_chunk * chunk_size) // block_size,
+            places=tracked.places[first_chunk * num_ranks : end_chunk * num_ranks],
+            boot=tracked.hit_boot,
         )
 
     def begin_step(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from lmcache.keys import KEY_BYTES, Namespace
 from lmcache.layout import KVLayout
+from lmcache.protocol import Placement
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,9 @@ class ChunkSpan:
     """Consecutive chunks of one request: their keys, and the engine blocks that hold their tokens.
 
     `block_ids` starts with block `skip_blocks` of the first chunk and may end inside the last one.
+
+    `places` says where chunks to load lie in the pool of the server life `boot`: chunk by chunk, in each chunk rank by rank;
+    or it is empty. The scheduler's lookup keeps them pinned until it hears that the load is over.
     """
 
     request_id: str
@@ -24,11 +28,18 @@ class ChunkSpan:
     block_ids: list[int]
     blocks_per_chunk: int
     skip_blocks: int = 0
+    places: list[Placement] = field(default_factory=list)
+    boot: str = ""
 
     @property
     def num_chunks(self) -> int:
         """How many chunks there are."""
         return len(self.keys) // KEY_BYTES
+
+    def places_of(self, rank: int) -> list[Placement]:
+        """Return the place of each chunk of one rank; [] where they are not known."""
+        num_ranks = len(self.places) // max(1, self.num_chunks)
+        return self.places[rank::num_ranks] if rank < num_ranks else []
 
 
 @dataclass(frozen=True)

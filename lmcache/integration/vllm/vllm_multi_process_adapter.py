@@ -134,7 +134,8 @@ class LMCacheMPSchedulerAdapter:
             on_beat=self._find_workers,
         )
         self._client.mq.connect()
-        self._half = SchedulerHalf(self._client, lookup_timeout_seconds=config.lookup_timeout_seconds)
+        # The class's operations have no room for places: its workers ask for themselves.
+        self._half = SchedulerHalf(self._client, passes_places=False, lookup_timeout_seconds=config.lookup_timeout_seconds)
         atexit.register(self._half.close)  # the class tells the scheduler's adapter nothing of the end
         logger.info("KV cache server: %s", config.url)
 

@@ -163,8 +163,9 @@ class WorkerHalf:
         return LoadUnderWay(span, len(block_ids), pinned, transfer)
 
     def _pin(self, span: ChunkSpan) -> PinnedChunks:
-        """Return the span's chunks as the server finds them now."""
-        return self._client.pin(span.keys, span.request_id, self._rank)
+        """Return the span's chunks: where the lookup said that they lie, or as the server finds them now."""
+        borrowed = self._client.borrow(span.places_of(self._rank), span.boot)
+        return borrowed or self._client.pin(span.keys, span.request_id, self._rank)
 
     def settle_loads(self) -> bool:
         """Wait for the loads under way, look at what they brought, and remember what did not; True when all did."""
