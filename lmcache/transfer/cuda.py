@@ -39,10 +39,10 @@ from lmcache.transfer.kernels import SKIPPED, BlockMover
 from lmcache.transfer.pinning import PoolPinner, address_of
 
 DEFAULT_STAGING_BYTES = 128 << 20
-# In each direction. The first copy waits for the first gather, so a piece is small beside a chunk.
-NUM_SLOTS = 4
-# One copy to host at a time holds back others in its direction (a sampled token's) by 0.15 ms at 55 GB/s.
-STORE_COPY_BYTES = 8 << 20
+# In each direction: one is on the wire while the kernel works on the other. Four of half the size were no faster (H100).
+NUM_SLOTS = 2
+# One copy to host at a time holds back others in its direction (a sampled token's) by 0.3 ms at 55 GB/s.
+STORE_COPY_BYTES = 16 << 20
 FIRST_POLL_SECONDS = 20e-6
 LAST_POLL_SECONDS = 100e-6
 
@@ -71,10 +71,11 @@ class Pageable:
 
 @dataclass(frozen=True)
 class Piece:
-    """What goes through a slot at once: some whole chunks, or some planes of one."""
+    """What goes through a slot at once: some whole chunks, some planes of one chunk, or some blocks of one plane."""
 
     chunks: range
     planes: range
+    blocks: range
 
 
 @dataclass
@@ -178,7 +179,7 @@ class CudaCopier(ChunkCopier):
         self._slot_bytes = staging_bytes // (2 * NUM_SLOTS)
         if self._slot_bytes < layout.block_bytes:
             raise LayoutMismatchError(
-                f"{staging_bytes} bytes of staging memory hold no four blocks of {layout.block_bytes} bytes",
+                f"{staging_bytes} bytes of staging memory hold no {2 * NUM_SLOTS} blocks of {layout.block_bytes} bytes",
                 hint="raise lmcache.mp.staging_mib",
             )
         self._stores = Lane(self._device, self._slot_bytes)
@@ -250,7 +251,7 @@ class CudaCopier(ChunkCopier):
                         if is_cancelled():
                             raise CancelledTransferError("a store was cancelled: its blocks are used anew")
                         lane.kernels.wait_event(after)
-                        self._mover.gather(_span(ids, piece, size), slot.buffer, piece.planes, size)
+                        self._mover.gather(_span(ids, piece, size), slot.buffer, piece.planes, len(piece.blocks))
                     lane.copies.wait_stream(lane.kernels)
                     self._copy(piece, size, extents, slot, lane.copies, to_host=True)
                     slot.is_free.record(lane.copies)
@@ -303,28 +304,13 @@ class CudaCopier(ChunkCopier):
                     ids = self._to_device(block_ids)
                     lane.kernels.wait_event(before)
                 lane.kernels.wait_stream(lane.copies)
-                self._mover.scatter(_span(ids, piece, size), slot.buffer, piece.planes, size)
+                self._mover.scatter(_span(ids, piece, size), slot.buffer, piece.planes, len(piece.blocks))
                 slot.is_free.record(lane.kernels)
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 
     def _pieces(self, num_chunks: int, blocks_per_chunk: int) -> Iterator[Piece]:
-        """Yield what fits a slot: whole chunks, or planes of one chunk where it is larger than a slot."""
-        plane_bytes = blocks_per_chunk * self.layout.block_bytes
-        chunks_per_slot = self._slot_bytes // (plane_bytes * self._num_planes)
-        if chunks_per_slot:
-            for start in range(0, num_chunks, chunks_per_slot):
-                yield Piece(range(start, min(start + chunks_per_slot, num_chunks)), range(self._num_planes))
-            return
-        planes_per_slot = self._slot_bytes // plane_bytes
-        if not planes_per_slot:
-            raise LayoutMismatchError(
-                f"one layer of a chunk has {plane_bytes} bytes, a staging slot {self._slot_bytes}",
-                hint="raise lmcache.mp.staging_mib, or use a smaller --chunk-size",
-            )
-        for chunk in range(num_chunks):
-            for start in range(0, self._num_planes, planes_per_slot):
-                yield Piece(range(chunk, chunk + 1), range(start, min(start + planes_per_slot, self._num_planes)))
+        return pieces(num_chunks, blocks_per_chunk, self._num_planes, self._slot_bytes // self.layout.block_bytes)
 
     def _copy(
         self,
@@ -336,14 +322,13 @@ class CudaCopier(ChunkCopier):
         to_host: bool,
     ) -> None:
         """Hand the copy engine what lies between a slot and its extents: neighbours in the pool as one copy."""
-        plane_bytes = blocks_per_chunk * self.layout.block_bytes
-        length = len(piece.planes) * plane_bytes
-        offset = piece.planes.start * plane_bytes
+        length = len(piece.planes) * len(piece.blocks) * self.layout.block_bytes
+        offset = (piece.planes.start * blocks_per_chunk + piece.blocks.start) * self.layout.block_bytes
         starts = [address_of(extents[chunk]) + offset for chunk in piece.chunks]
         at = slot.buffer.data_ptr()
         limit = STORE_COPY_BYTES if to_host else length * len(starts)
         handle = stream.cuda_stream
-        for address, num_bytes in _runs(starts, length):
+        for address, num_bytes in runs(starts, length):
             if not self.pinned.is_pinned(address, num_bytes):
                 self.unpinned_bytes += num_bytes
             for part, part_bytes in self.pinned.split(address, num_bytes):
@@ -369,11 +354,22 @@ class CudaCopier(ChunkCopier):
         torch.cuda.synchronize(self._device)
 
 
-def _span(block_ids: torch.Tensor, piece: Piece, blocks_per_chunk: int) -> torch.Tensor:
-    return block_ids[piece.chunks.start * blocks_per_chunk : piece.chunks.stop * blocks_per_chunk]
+def pieces(num_chunks: int, blocks_per_chunk: int, num_planes: int, blocks_per_slot: int) -> Iterator[Piece]:
+    """Yield what fits a slot of `blocks_per_slot` blocks of one plane, in the order of the bytes in the extents."""
+    planes_per_slot = blocks_per_slot // blocks_per_chunk
+    chunks_per_slot = planes_per_slot // num_planes
+    all_planes, all_blocks = range(num_planes), range(blocks_per_chunk)
+    if chunks_per_slot:
+        for chunks in _parts(range(num_chunks), chunks_per_slot):
+            yield Piece(chunks, all_planes, all_blocks)
+        return
+    for chunk in range(num_chunks):
+        for planes in _parts(all_planes, planes_per_slot or 1):
+            for blocks in _parts(all_blocks, blocks_per_chunk if planes_per_slot else blocks_per_slot):
+                yield Piece(range(chunk, chunk + 1), planes, blocks)
 
 
-def _runs(starts: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
+def runs(starts: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
     """Yield (address, bytes) of ranges of one length, neighbours joined."""
     first, end = starts[0], starts[0] + length
     for start in starts[1:]:
@@ -382,3 +378,16 @@ def _runs(starts: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
             first = start
         end = start + length
     yield first, end - first
+
+
+def _span(block_ids: torch.Tensor, piece: Piece, blocks_per_chunk: int) -> torch.Tensor:
+    if len(piece.blocks) == blocks_per_chunk:
+        return block_ids[piece.chunks.start * blocks_per_chunk : piece.chunks.stop * blocks_per_chunk]
+    first = piece.chunks.start * blocks_per_chunk
+    return block_ids[first + piece.blocks.start : first + piece.blocks.stop]
+
+
+def _parts(whole: range, size: int) -> Iterator[range]:
+    """Yield a range in parts of at most `size`."""
+    for start in range(whole.start, whole.stop, size):
+        yield range(start, min(start + size, whole.stop))

@@ -34,6 +34,7 @@ class BlockMover:
         self._addresses = torch.tensor([plane.data_ptr() for plane in planes], dtype=torch.int64, device=device)
         self._strides = torch.tensor([plane.stride(0) for plane in planes], dtype=torch.int64, device=device)
         self._word_bytes = _word_bytes(planes)
+        self._tables: dict[range, tuple[torch.Tensor, torch.Tensor]] = {}
         self.uses_triton = find_spec("triton") is not None if uses_triton is None else uses_triton
         if not self.uses_triton:
             logger.warning("Triton is not installed: KV blocks are gathered by PyTorch, one launch a layer, which is slower")
@@ -58,8 +59,7 @@ class BlockMover:
         if self.uses_triton:
             from lmcache.transfer.triton_kernel import move_blocks
 
-            span = slice(planes.start, planes.stop)
-            addresses, strides = self._addresses[span], self._strides[span]
+            addresses, strides = self._table(planes)
             move_blocks(addresses, strides, block_ids, buffer, blocks_per_chunk, self._block_bytes, self._word_bytes, gathers)
             return
         num_chunks = block_ids.numel() // blocks_per_chunk
@@ -72,6 +72,13 @@ class BlockMover:
             else:
                 rows = packed[:, index].reshape(-1, self._block_bytes)
                 plane[block_ids[is_wanted]] = rows[is_wanted]
+
+    def _table(self, planes: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where some planes begin, and their strides."""
+        if planes not in self._tables:
+            span = slice(planes.start, planes.stop)
+            self._tables[planes] = self._addresses[span], self._strides[span]
+        return self._tables[planes]
 
 
 def _word_bytes(planes: Sequence[torch.Tensor]) -> int:

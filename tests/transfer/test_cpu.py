@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="needs torch: make setup-vllm")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from lmcache.transfer.cpu import CpuCopier, block_plane  # noqa: E402
+from lmcache.transfer.cpu import CpuCopier, block_plane, block_planes  # noqa: E402
 
 DTYPES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -152,3 +152,11 @@ def test_planes_that_are_not_the_layouts_are_refused():
         CpuCopier(layout, [torch.zeros(4, 8, dtype=torch.uint8)])
     with pytest.raises(LayoutMismatchError, match=r"\[4, 9\]"):
         CpuCopier(layout, [torch.zeros(4, 8, dtype=torch.uint8), torch.zeros(4, 9, dtype=torch.uint8)])
+
+
+def test_keys_and_values_that_lie_apart_are_two_planes():
+    kv = torch.arange(2 * 5 * 3 * 4, dtype=torch.int16).view(2, 5, 3, 4)
+    planes = block_planes(kv, 5)
+    assert [tuple(plane.shape) for plane in planes] == [(5, 24), (5, 24)]
+    assert all(bytes(planes[part][2].tolist()) == kv[part, 2].numpy().tobytes() for part in range(2))
+    assert len(block_planes(kv.transpose(0, 1).contiguous(), 5)) == 1

@@ -79,7 +79,7 @@ class BackgroundStores:
 
     @property
     def done_up_to(self) -> int:
-        """The number of the last plan of which, and of all plans before it, nothing is left to read."""
+        """The number of the last plan with stores of which, and of all plans before it, nothing is left to read."""
         with self._changed:
             return self._jobs[0].plan_number - 1 if self._jobs else self._last_plan
 

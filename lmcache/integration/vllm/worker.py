@@ -206,8 +206,8 @@ class WorkerHalf:
         if self._background is None:
             for span in stores:
                 self.store_span(span)
-        elif self._copier is not None:
-            self._background.submit(plan.number, stores, self._copier.fence() if stores else None)
+        elif stores and self._copier is not None:
+            self._background.submit(plan.number, stores, self._copier.fence())
 
     def store_span(self, span: StoreSpan) -> None:
         """Store one request's chunks; done on return."""

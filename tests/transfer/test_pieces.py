@@ -1,0 +1,114 @@
+"""What a GPU's copier does that needs no GPU: cutting transfers into pieces, and keeping count of what is pinned."""
+
+import mmap
+import threading
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch: make setup-vllm")
+
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from lmcache.transfer.cuda import pieces, runs  # noqa: E402
+from lmcache.transfer.driver import CudaError  # noqa: E402
+from lmcache.transfer.pinning import PoolPinner, address_of  # noqa: E402
+
+MIB = 1 << 20
+
+
+@given(st.integers(0, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 200))
+def test_pieces_fit_a_slot_and_cover_each_block_of_each_plane_once_in_order(chunks, size, planes, per_slot):
+    seen = []
+    for piece in pieces(chunks, size, planes, per_slot):
+        assert 0 < len(piece.chunks) * len(piece.planes) * len(piece.blocks) <= per_slot
+        assert len(piece.chunks) == 1 or (len(piece.planes), len(piece.blocks)) == (planes, size)
+        assert len(piece.planes) == 1 or len(piece.blocks) == size
+        seen += [(chunk, plane, block) for chunk in piece.chunks for plane in piece.planes for block in piece.blocks]
+    assert seen == [(chunk, plane, block) for chunk in range(chunks) for plane in range(planes) for block in range(size)]
+
+
+def test_neighbours_are_one_copy():
+    assert list(runs([100, 110, 120, 200, 210], 10)) == [(100, 30), (200, 20)]
+    assert list(runs([5], 7)) == [(5, 7)]
+
+
+class FakeDriver:
+    """A fake of the driver that keeps a list instead of pinning, and fails from some address on."""
+
+    def __init__(self, fails_from=1 << 63, gate=None):
+        self.registered = {}
+        self._fails_from = fails_from
+        self._gate = gate
+
+    def use_context(self, context):
+        assert context == "context"
+
+    def register(self, address, num_bytes):
+        if self._gate is not None:
+            assert self._gate.wait(timeout=30)
+        if address >= self._fails_from:
+            raise CudaError("pinning failed: CUDA_ERROR_OUT_OF_MEMORY (2)")
+        self.registered[address] = num_bytes
+
+    def unregister(self, address):
+        del self.registered[address]
+
+
+def pinner_for(driver, num_bytes):
+    pool = memoryview(mmap.mmap(-1, num_bytes))
+    return pool, PoolPinner(driver, "context", address_of(pool), num_bytes, piece_bytes=4 * MIB)
+
+
+def wait_until_done(pinner):
+    deadline = time.monotonic() + 30
+    while not pinner.is_done:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_the_pool_is_pinned_lowest_offsets_first_and_nothing_stays_pinned():
+    driver = FakeDriver()
+    pool, pinner = pinner_for(driver, 10 * MIB)
+    start = address_of(pool)
+    pinner.start()
+    wait_until_done(pinner)
+    assert driver.registered == {start: 4 * MIB, start + 4 * MIB: 4 * MIB, start + 8 * MIB: 2 * MIB}
+    assert (pinner.pinned_bytes, pinner.unpinned_bytes) == (10 * MIB, 0)
+    assert pinner.is_pinned(start + 3 * MIB, 6 * MIB)
+    assert list(pinner.split(start + 3 * MIB, 6 * MIB)) == [
+        (start + 3 * MIB, MIB),
+        (start + 4 * MIB, 4 * MIB),
+        (start + 8 * MIB, MIB),
+    ]
+    pinner.close()
+    assert not driver.registered
+
+
+def test_what_cannot_be_pinned_is_counted_and_told_once_with_the_likely_cause(caplog):
+    pool, pinner = pinner_for(None, 10 * MIB)
+    start = address_of(pool)
+    pinner._driver = FakeDriver(fails_from=start + 4 * MIB)
+    pinner.start()
+    wait_until_done(pinner)
+    pinner._thread.join(timeout=30)
+    assert (pinner.pinned_bytes, pinner.unpinned_bytes) == (4 * MIB, 6 * MIB)
+    assert pinner.is_pinned(start, 4 * MIB)
+    assert not pinner.is_pinned(start + 3 * MIB, 2 * MIB)
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "0.01 of 0.01 GiB of the pool cannot be pinned" in told
+    assert "hint: " in told
+    pinner.close()
+    assert not pinner._driver.registered
+
+
+def test_closing_while_pages_are_being_pinned_leaves_none_pinned():
+    gate = threading.Event()
+    driver = FakeDriver(gate=gate)
+    _, pinner = pinner_for(driver, 64 * MIB)
+    pinner.start()
+    threading.Timer(0.05, gate.set).start()
+    pinner.close()
+    assert not driver.registered
+    assert len(pinner._pinned) == 0
