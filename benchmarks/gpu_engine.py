@@ -1,0 +1,253 @@
+"""What does the cache give and cost a real vLLM on a GPU?
+
+Two engines of one model on one GPU take turns: with our connector, and plain. Per prompt (unique, LENGTH + 8 tokens, 32 out):
+
+- cold: never seen; ours stores meanwhile. Wanted: TTFT <= 1.01 x plain's, TPOT of the lone request <= 1.03 x.
+- hbm: again at once, from vLLM's own prefix cache: no byte is moved.
+- tier: again after vLLM's own cache was emptied: all whole chunks come from the cache server. Floor: hbm + bytes / the speed of a
+  pinned copy in the same run. Wanted: <= floor + 4 ms up to 8k tokens, + 8 ms at 32k.
+
+Then prompts of mixed length: the text after a load beside the text over vLLM's own cache (wanted: all equal; the same tokens
+are computed over the same KV), and the server's count of loaded tokens. Then no reuse, 16 requests in flight: throughput beside
+plain (wanted: 0.99 x). Then how soon a killed engine's GPU memory is free.
+Needs 80 GB of GPU memory for an 8B model. Run, with vLLM's flags for the model behind `--`:
+python benchmarks/gpu_engine.py --model DIR [--l1-gib 40] [--repeats 5] [--mixed 100] -- [VLLM FLAGS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from common import percentile, report, server
+from engines import Answer, Engine, end_on_sigterm, make_prompt, transfer_flags
+
+from lmcache.client.mq import MessageQueueClient
+from lmcache.protocol import Clear, Status
+
+CHUNK_TOKENS = 256
+NEW_TOKENS = 8
+OUTPUT_TOKENS = 32
+LOAD_PROMPT_TOKENS, LOAD_OUTPUT_TOKENS, LOAD_IN_FLIGHT = 4096, 128, 16
+SETTLE_SECONDS = 10.0
+
+
+def pinned_gb_per_s() -> float:
+    """Return the speed of a plain pinned copy to the device, GB/s."""
+    host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty_like(host, device="cuda")
+    taken = []
+    for _ in range(8):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        device.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    del device
+    torch.cuda.empty_cache()
+    return host.numel() / min(taken) / 1e9
+
+
+class Cache:
+    """The cache server, asked for its counters."""
+
+    def __init__(self, url: str) -> None:
+        self._mq = MessageQueueClient(url)
+
+    def counter(self, name: str) -> int:
+        """Return one of its counters."""
+        return int(self._mq.call(Status()).status["counters"][name])
+
+    def wait_until_stored(self, num_chunks: int) -> None:
+        """Return when so many chunks have been stored, or when it is no use to wait."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while self.counter("stored_chunks") < num_chunks and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def clear(self) -> None:
+        """Empty it."""
+        self._mq.call(Clear())
+
+
+def reset(engine: Engine) -> None:
+    """Empty vLLM's own prefix cache."""
+    with urllib.request.urlopen(urllib.request.Request(f"{engine.url}/reset_prefix_cache", method="POST"), timeout=60):
+        pass
+    time.sleep(0.05)
+
+
+def tpot_ms(answer: Answer) -> float:
+    """Return the time of each output token after the first."""
+    return (answer.ended_at - answer.first_token_at) * 1e3 / max(1, answer.output_tokens - 1)
+
+
+def measure_ttft(ours: Engine, plain: Engine, cache: Cache, num_tokens: int, repeats: int, wire: float) -> dict[str, float]:
+    """TTFT and TPOT of one prompt length, medians in ms; the first prompt warms up."""
+    taken: dict[str, list[float]] = defaultdict(list)
+    for repeat in range(repeats + 1):
+        prompt = make_prompt((num_tokens, repeat, time.time()), num_tokens + NEW_TOKENS)
+        answers = {}
+        expected = cache.counter("stored_chunks") + num_tokens // CHUNK_TOKENS
+        for engine, name in ((ours, "ours"), (plain, "plain")) if repeat % 2 else ((plain, "plain"), (ours, "ours")):
+            answers[f"{name}_cold"] = engine.ask(prompt, OUTPUT_TOKENS)
+            if name == "ours":
+                cache.wait_until_stored(expected)
+            answers[f"{name}_hbm"] = engine.ask(prompt, OUTPUT_TOKENS)
+        reset(ours)
+        answers["ours_tier"] = ours.ask(prompt, OUTPUT_TOKENS)
+        if repeat:
+            for name, answer in answers.items():
+                taken[f"{name}_ttft"].append(answer.ttft_ms)
+                taken[f"{name}_tpot"].append(tpot_ms(answer))
+            taken["hit"].append(answers["ours_tier"].cached_tokens)
+    cache.clear()
+    figures = {name: round(statistics.median(values), 2) for name, values in taken.items()}
+    moved_ms = num_tokens // CHUNK_TOKENS * CHUNK_TOKENS * KV_BYTES_PER_TOKEN / wire / 1e6
+    figures["floor_ttft"] = round(figures["ours_hbm_ttft"] + moved_ms, 2)
+    figures["above_floor_ms"] = round(figures["ours_tier_ttft"] - figures["floor_ttft"], 2)
+    figures["cold_ratio"] = round(figures["ours_cold_ttft"] / figures["plain_cold_ttft"], 4)
+    figures["cold_tpot_ratio"] = round(figures["ours_cold_tpot"] / figures["plain_cold_tpot"], 4)
+    print(f"{num_tokens} tokens: {figures}", flush=True)
+    return figures
+
+
+# Llama 3.1 8B in bf16; read from the server once an engine has registered.
+KV_BYTES_PER_TOKEN = 131072
+
+
+def measure_mixed(ours: Engine, cache: Cache, count: int) -> dict[str, int]:
+    """Texts after loads beside texts over vLLM's own cache."""
+    generator = random.Random(11)
+    equal = loaded = wanted = 0
+    for number in range(count):
+        num_tokens = generator.randrange(300, 4096)
+        prompt = make_prompt(("mixed", number, time.time()), num_tokens)
+        expected = cache.counter("stored_chunks") + num_tokens // CHUNK_TOKENS
+        text_of(ours, prompt)
+        cache.wait_until_stored(expected)
+        over_own_cache = text_of(ours, prompt)
+        reset(ours)
+        before = cache.counter("retrieved_tokens")
+        after_load = text_of(ours, prompt)
+        loaded += cache.counter("retrieved_tokens") - before
+        wanted += (num_tokens - 1) // CHUNK_TOKENS * CHUNK_TOKENS
+        equal += after_load == over_own_cache
+    cache.clear()
+    figures = {"prompts": count, "equal": equal, "loaded_tokens": loaded, "loadable_tokens": wanted}
+    print(f"mixed prompts: {figures}", flush=True)
+    return figures
+
+
+def text_of(engine: Engine, prompt: list[int]) -> str:
+    """Return a greedy answer's text."""
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 16, "temperature": 0.0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{engine.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return str(json.load(response)["choices"][0]["text"])
+
+
+def measure_load(ours: Engine, plain: Engine, cache: Cache, count: int, rounds: int) -> dict[str, float]:
+    """Throughput without any reuse."""
+    taken: dict[str, list[float]] = defaultdict(list)
+    for turn in range(rounds):
+        for name, engine in (("ours", ours), ("plain", plain)) if turn % 2 else (("plain", plain), ("ours", ours)):
+            prompts = [make_prompt(("load", name, turn, n, time.time()), LOAD_PROMPT_TOKENS) for n in range(count)]
+            started = time.monotonic()
+            with ThreadPoolExecutor(LOAD_IN_FLIGHT) as pool:
+                answers = list(pool.map(lambda prompt: engine.ask(prompt, LOAD_OUTPUT_TOKENS), prompts))  # noqa: B023
+            taken[f"{name}_tokens_per_s"].append(count * LOAD_OUTPUT_TOKENS / (time.monotonic() - started))
+            taken[f"{name}_ttft_p50_ms"].append(percentile([answer.ttft_ms for answer in answers], 0.5))
+        cache.clear()
+    figures = {name: round(statistics.median(values), 1) for name, values in taken.items()}
+    figures["throughput_ratio"] = round(figures["ours_tokens_per_s"] / figures["plain_tokens_per_s"], 4)
+    print(f"no reuse: {figures}", flush=True)
+    return figures
+
+
+def gpu_memory_mib() -> dict[int, int]:
+    """Return what each process holds of the GPU's memory."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    rows = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")
+    return {int(pid): int(mib) for pid, _, mib in (row.partition(",") for row in rows if row.strip())}
+
+
+def seconds_until_free(engine: Engine) -> float:
+    """Kill an engine and return when the GPU knows nothing of it any more."""
+    mine = {member.pid for member in engine.members()}
+    started = time.monotonic()
+    os.killpg(engine.group, signal.SIGKILL)
+    while mine & gpu_memory_mib().keys() and time.monotonic() - started < 120:
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+
+def main() -> None:
+    """Print the figures and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--l1-gib", type=float, default=40.0)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--mixed", type=int, default=100)
+    parser.add_argument("--load", type=int, default=48)
+    parser.add_argument("--log-dir", type=Path)
+    parser.add_argument("vllm_flags", nargs="*")
+    args = parser.parse_args()
+    end_on_sigterm()
+    wire = pinned_gb_per_s()
+    with ExitStack() as stack:
+        log_dir = args.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        url, server_pid = stack.enter_context(server("--l1-size-gb", str(args.l1_gib)))
+        cache = Cache(url)
+        flags = ["--max-model-len", "40960", "--no-enforce-eager", *args.vllm_flags]
+        env = {"VLLM_SERVER_DEV_MODE": "1"}
+        roots = os.environ.get("VLLM_CACHE_ROOT", "")
+        engines = {
+            name: Engine(name, args.model, log_dir, [*flags, *more], {**env, "VLLM_CACHE_ROOT": f"{roots or log_dir}/{name}"})
+            for name, more in (("ours", transfer_flags(url)), ("plain", []))
+        }
+        started = time.monotonic()
+        with ThreadPoolExecutor(2) as pool:
+            for engine in pool.map(stack.enter_context, engines.values()):
+                print(f"{engine.name} is healthy after {time.monotonic() - started:.0f} s", flush=True)
+        ours, plain = engines["ours"], engines["plain"]
+        memory = gpu_memory_mib()
+        held = {name: sum(memory.get(member.pid, 0) for member in engine.members()) for name, engine in engines.items()}
+        held["server"] = memory.get(server_pid, 0)
+        print(f"GPU memory (MiB): {held}; a pinned copy: {wire:.1f} GB/s", flush=True)
+        for engine in (ours, plain):
+            engine.ask(make_prompt("warm up", 512), 16)
+        ttft = {str(length): measure_ttft(ours, plain, cache, length, args.repeats, wire) for length in args.lengths}
+        mixed = measure_mixed(ours, cache, args.mixed)
+        load = measure_load(ours, plain, cache, args.load, 2) if args.load else {}
+        free_seconds = seconds_until_free(ours)
+        print(f"a killed engine's GPU memory was free after {free_seconds:.2f} s", flush=True)
+    report(
+        "gpu_engine",
+        device=torch.cuda.get_device_name(),
+        pinned_gb_per_s=round(wire, 2),
+        gpu_memory_mib=held,
+        ttft=ttft,
+        mixed=mixed,
+        no_reuse=load,
+        seconds_until_free=round(free_seconds, 2),
+    )
+
+
+if __name__ == "__main__":
+    main()
