@@ -4,7 +4,7 @@ Ceiling: one cudaMemcpyAsync after the other of the same bytes between device me
 run, taking turns with ours; and, for each page size, the pages copied one by one by the copy engine (what a store without a
 gather would do). Time is until the device has completed, seen by the host. The KV is a Llama 3.1 8B's unless the page size is
 swept: 32 layers, blocks of 16 tokens, 64 KiB each, 32 MiB a chunk; blocks are in random order. The pool is a real server's.
-Run on a machine with a GPU: python benchmarks/gpu_copy.py [--l1-gib 24] [--repeats 7]
+Run on a machine with a GPU: python benchmarks/gpu_copy.py [--l1-gib 24] [--repeats 7] [--no-pages]
 """
 
 from __future__ import annotations
@@ -91,10 +91,11 @@ class Engine:
         self.copier.pinned = pinner
         self.ids = random.Random(1).sample(range(num_blocks), num_blocks)
 
-    def store(self, extents: Sequence[memoryview], first: int = 0) -> None:
+    def store(self, extents: Sequence[memoryview], first: int = 0, leaves_gaps: bool = False) -> None:
         """Store one chunk for each extent."""
         size = len(extents[0]) // self.layout.bytes_per_block
-        self.copier.gather(self.ids[first * size : (first + len(extents)) * size], extents)
+        after = self.copier.fence() if leaves_gaps else None
+        self.copier.gather(self.ids[first * size : (first + len(extents)) * size], extents, after)
 
     def load(self, extents: Sequence[memoryview], first: int = 0) -> None:
         """Load one chunk from each extent."""
@@ -125,6 +126,7 @@ def measure_sizes(engine: Engine, extents: Sequence[memoryview], repeats: int) -
         seconds = medians(
             {
                 "store": lambda: engine.store(part),  # noqa: B023
+                "store_with_gaps": lambda: engine.store(part, leaves_gaps=True),  # noqa: B023
                 "raw_store": lambda: wait(raw.begin(True)),  # noqa: B023
                 "load": lambda: engine.load(part),  # noqa: B023
                 "raw_load": lambda: wait(raw.begin(False)),  # noqa: B023
@@ -133,6 +135,7 @@ def measure_sizes(engine: Engine, extents: Sequence[memoryview], repeats: int) -
         )
         figures = {f"{name}_gb_per_s": round(total / value / 1e9, 2) for name, value in seconds.items()}
         figures["store_ratio"] = round(seconds["raw_store"] / seconds["store"], 3)
+        figures["store_with_gaps_ratio"] = round(seconds["raw_store"] / seconds["store_with_gaps"], 3)
         figures["load_ratio"] = round(seconds["raw_load"] / seconds["load"], 3)
         results[f"{total // MIB}_mib"] = figures
         print(f"{total // MIB} MiB: {figures}", flush=True)
@@ -214,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--l1-gib", type=float, default=24.0)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--no-pages", action="store_true", help="leave out the sweep over page sizes")
     args = parser.parse_args()
     torch.zeros(1, device="cuda")  # makes the context
     device = torch.cuda.get_device_name()
@@ -240,7 +244,7 @@ def main() -> None:
             both = measure_both_ways(engine, extents, args.repeats)
             del engine
             torch.cuda.empty_cache()
-            pages = measure_pages(pinner, extents, max(3, args.repeats // 2))
+            pages = {} if args.no_pages else measure_pages(pinner, extents, max(3, args.repeats // 2))
             del extents
         pinner.close()
     report(

@@ -105,6 +105,10 @@ class ChunkCopier(ABC):
         """Return what stands for all that the calling thread has given the engine's device until now."""
         return None
 
+    def prepare_thread(self) -> Callable[[], None]:
+        """Return what a thread of its own has to call once before it stores."""
+        return lambda: None
+
     def protect_blocks(self) -> None:  # noqa: B027 - nothing to do where stores are done on return
         """Let what the device is given next wait until blocks that stores are reading have been read."""
 

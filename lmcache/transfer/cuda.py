@@ -15,6 +15,7 @@ write: that is a `StuckTransferError`, after which the extents must not be given
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +42,13 @@ from lmcache.transfer.pinning import PoolPinner, address_of
 DEFAULT_STAGING_BYTES = 128 << 20
 # In each direction: one is on the wire while the kernel works on the other. Four of half the size were no faster (H100).
 NUM_SLOTS = 2
-# One copy to host at a time holds back others in its direction (a sampled token's) by 0.3 ms at 55 GB/s.
-STORE_COPY_BYTES = 16 << 20
+# As long as copies to host wait in a queue, a sampled token's copy does not get its turn: at 8k tokens the first token came 13 ms
+# late (H100). So beside an engine that computes, a store fills its slots, lets the queue run dry, and only then goes on.
+WIRE_BYTES_PER_SECOND = 60e9
 FIRST_POLL_SECONDS = 20e-6
 LAST_POLL_SECONDS = 100e-6
+# For what takes as long as a step: each look costs the engine's own thread the GIL.
+STEP_POLL_SECONDS = 1e-3
 
 
 class Pinned(Protocol):
@@ -96,6 +100,10 @@ class Lane:
         self._slots = [Slot(torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for _ in range(NUM_SLOTS)]
         self._next = 0
 
+    def last_slot(self) -> Slot:
+        """Return the slot that was used last."""
+        return self._slots[self._next]
+
     def next_slot(self) -> Slot:
         """Return the slot that was used longest ago."""
         self._next = (self._next + 1) % NUM_SLOTS
@@ -131,8 +139,8 @@ class CudaTransfer(Transfer):
         self._kept = ()
 
 
-def wait_for(event: torch.cuda.Event, seconds: float) -> None:
-    """Return when an event has happened, without holding the GIL meanwhile.
+def wait_for(event: torch.cuda.Event, seconds: float, last_pause: float = LAST_POLL_SECONDS) -> None:
+    """Return when an event has happened, without holding the GIL meanwhile; looks at the latest every `last_pause` seconds.
 
     Raises: StuckTransferError.
     """
@@ -142,7 +150,7 @@ def wait_for(event: torch.cuda.Event, seconds: float) -> None:
         if time.monotonic() > deadline:
             raise StuckTransferError(f"a transfer did not end within {seconds:g} s", "restart the engine; see its log")
         time.sleep(pause)
-        pause = min(pause * 1.5, LAST_POLL_SECONDS)
+        pause = min(pause * 1.5, last_pause)
 
 
 class CudaCopier(ChunkCopier):
@@ -201,11 +209,17 @@ class CudaCopier(ChunkCopier):
         event.record(torch.cuda.current_stream(self._device))
         return event
 
+    def prepare_thread(self) -> Callable[[], None]:
+        """Let a thread work on this device, also while the engine records CUDA graphs."""
+        return functools.partial(self._driver.use_context, self._context())
+
+    def _context(self) -> Any:
+        with torch.cuda.device(self._device):
+            return self._driver.current_context()
+
     def pin_pool(self, view: PoolView) -> Callable[[], None]:
         """Pin a mapped pool in the background."""
-        with torch.cuda.device(self._device):
-            context = self._driver.current_context()
-        pinner = PoolPinner(self._driver, context, address_of(view.data), view.data.nbytes)
+        pinner = PoolPinner(self._driver, self._context(), address_of(view.data), view.data.nbytes)
         self.pinned = pinner
         pinner.start()
 
@@ -227,10 +241,11 @@ class CudaCopier(ChunkCopier):
     ) -> None:
         """Copy whole chunks from engine blocks into writable extents; done on return.
 
-        No more than the slots are under way at once, so that others' copies are not held back and little is left to wait for.
+        No more than the slots are under way at once, so that little is left to wait for.
 
         Args:
-            after: the event from which on the blocks hold what is to be copied; None: all that was launched until now.
+            after: the event from which on the blocks hold what is to be copied, while the engine goes on: its own copies get
+                their turn between ours. None: all that was launched until now, and the wire is ours.
             is_cancelled: asked before each piece is read, under the lock of `protect_blocks`.
         Raises: CancelledTransferError: the extents hold garbage. StuckTransferError: they may be written at any time.
         """
@@ -239,12 +254,17 @@ class CudaCopier(ChunkCopier):
         size = self.check(block_ids, extents)
         if len(block_ids) != size * len(extents):
             raise LayoutMismatchError(f"{len(block_ids)} block ids do not fill {len(extents)} extents of {size} blocks")
-        after = after or self.fence()
+        leaves_gaps, after = after is not None, after or self.fence()
+        if leaves_gaps:
+            wait_for(after, TRANSFER_SECONDS, STEP_POLL_SECONDS)
         lane, transfer = self._stores, CudaTransfer()
         with torch.cuda.device(self._device), torch.cuda.stream(lane.kernels):
             try:
                 ids = self._to_device(block_ids)
-                for piece in self._pieces(len(extents), size):
+                for number, piece in enumerate(self._pieces(len(extents), size)):
+                    if leaves_gaps and number and number % NUM_SLOTS == 0:
+                        time.sleep(NUM_SLOTS * self._slot_bytes / WIRE_BYTES_PER_SECOND)
+                        wait_for(lane.last_slot().is_free, TRANSFER_SECONDS)
                     slot = lane.next_slot()
                     wait_for(slot.is_free, TRANSFER_SECONDS)
                     with self._reading:
@@ -326,19 +346,17 @@ class CudaCopier(ChunkCopier):
         offset = (piece.planes.start * blocks_per_chunk + piece.blocks.start) * self.layout.block_bytes
         starts = [address_of(extents[chunk]) + offset for chunk in piece.chunks]
         at = slot.buffer.data_ptr()
-        limit = STORE_COPY_BYTES if to_host else length * len(starts)
         handle = stream.cuda_stream
         for address, num_bytes in runs(starts, length):
-            if not self.pinned.is_pinned(address, num_bytes):
+            is_pinned = self.pinned.is_pinned(address, num_bytes)
+            if not is_pinned:
                 self.unpinned_bytes += num_bytes
             for part, part_bytes in self.pinned.split(address, num_bytes):
-                for start in range(0, part_bytes, limit):
-                    count = min(limit, part_bytes - start)
-                    if to_host:
-                        self._driver.copy_to_host(part + start, at, count, handle)
-                    else:
-                        self._driver.copy_to_device(at, part + start, count, handle)
-                    at += count
+                if to_host:
+                    self._driver.copy_to_host(part, at, part_bytes, handle, is_pinned)
+                else:
+                    self._driver.copy_to_device(at, part, part_bytes, handle, is_pinned)
+                at += part_bytes
 
     def _to_device(self, block_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(block_ids, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)

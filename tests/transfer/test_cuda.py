@@ -90,7 +90,7 @@ def test_a_store_waits_for_the_producer_and_a_load_for_the_user_of_its_blocks():
     for number in range(5):
         busy(20)
         case.device.fill_(number)  # after the delay, on the model's stream
-        case.copier.gather(case.ids, extents)
+        case.copier.gather(case.ids, extents, after=case.copier.fence() if number % 2 else None)
         assert all(bytes(extent) == bytes([number]) * case.chunk_bytes for extent in extents)
     # A step that still reads the blocks, delayed; then a load into them; then a step that reads what was loaded.
     busy(20)
@@ -170,3 +170,40 @@ def test_the_pool_is_pinned_in_pieces_and_copied_across_their_borders():
     finally:
         pinner.close()
     assert pinner.pinned_bytes == 0
+
+
+def test_pinning_and_storing_spoil_no_graph_that_the_engine_records():
+    case = Case(4, 64, 65536, 0, 4, seed=5, staging_bytes=8 * MIB)
+    pool = memoryview(mmap.mmap(-1, 512 * MIB))
+    pinner = PoolPinner(driver(), driver().current_context(), address_of(pool), len(pool), piece_bytes=4 * MIB)
+    extents = case.extents(spread=False)
+    failures = []
+
+    def store():
+        try:
+            prepare()
+            for _ in range(20):
+                case.copier.gather(case.ids, extents, after=fence)
+        except BaseException as exc:
+            failures.append(exc)
+
+    prepare, fence = case.copier.prepare_thread(), case.copier.fence()
+    source = torch.ones(1000, device="cuda")
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=store)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pinner.start()
+        thread.start()
+        target = source * 2
+        thread.join(timeout=60)
+        while not pinner.is_done:
+            time.sleep(0.01)
+    graph.replay()
+    torch.cuda.synchronize()
+    unpinned_bytes = pinner.unpinned_bytes
+    pinner.close()
+    assert not failures
+    assert unpinned_bytes == 0
+    assert torch.all(target == 2)
+    assert [bytes(extent) for extent in extents] == [bytes(extent) for extent in case.expected()]

@@ -48,10 +48,12 @@ class BackgroundStores:
 
     Args:
         store: carries out one job; it raises nothing and asks `was_cancelled` before each piece that it reads.
+        prepare_thread: called in the thread before the first job; it raises nothing.
     """
 
-    def __init__(self, store: Callable[[StoreJob], None]) -> None:
+    def __init__(self, store: Callable[[StoreJob], None], prepare_thread: Callable[[], None] = lambda: None) -> None:
         self._store = store
+        self._prepare_thread = prepare_thread
         self._jobs: deque[StoreJob] = deque()  # the first one is in work
         self._num_pending_chunks = 0
         self._last_plan = 0
@@ -107,6 +109,7 @@ class BackgroundStores:
                 job.is_cancelled = True
 
     def _run(self) -> None:
+        self._prepare_thread()
         while True:
             with self._changed:
                 while not self._jobs:

@@ -108,7 +108,7 @@ class WorkerHalf:
         self._rank = rank
         self.hello = WorkerHello(namespace, copier.layout, stores_later=copier.stores_later)
         if copier.stores_later:
-            self._background = BackgroundStores(self._store_job)
+            self._background = BackgroundStores(self._store_job, copier.prepare_thread())
         try:
             self._client.watch_mapping(copier.pin_pool)
             processes = [token for token in map(process_token, (os.getpid(), os.getppid())) if token]
