@@ -42,8 +42,8 @@ from lmcache.transfer.pinning import PoolPinner, address_of
 DEFAULT_STAGING_BYTES = 128 << 20
 # In each direction: one is on the wire while the kernel works on the other. Four of half the size were no faster (H100).
 NUM_SLOTS = 2
-# As long as copies to host wait in a queue, a sampled token's copy does not get its turn: at 8k tokens the first token came 13 ms
-# late (H100). So beside an engine that computes, a store fills its slots, lets the queue run dry, and only then goes on.
+# As long as copies to host wait in a queue, a sampled token's copy does not get its turn: at 8k tokens the first token came
+# 13 ms late (H100). So beside an engine that computes, a store fills its slots, lets the queue run dry, and only then goes on.
 WIRE_BYTES_PER_SECOND = 60e9
 FIRST_POLL_SECONDS = 20e-6
 LAST_POLL_SECONDS = 100e-6
