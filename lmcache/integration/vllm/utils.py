@@ -24,8 +24,8 @@ from lmcache.protocol import DEFAULT_ZMQ_PORT
 logger = init_logger(__name__)
 
 PREFIX = "lmcache."
-# The tests with a real engine passed on these (scripts/vllm_matrix.py).
-RUN_WITH_VLLM = ("0.32.",)
+# The tests with a real engine passed on these (scripts/vllm_matrix.py), or benchmarks/gpu_engine.py did.
+RUN_WITH_VLLM = ("0.25.1", "0.32.")
 # The whole engine waits for a server that hangs, once, until the deadline. vLLM's own class gives it 300 s.
 MAX_TIMEOUT_SECONDS = 30.0
 _ADDRESS = re.compile(r"tcp://(\[[^\]\s]+\]|[^:/\s]+):\d{1,5}|ipc://\S+")
