@@ -289,10 +289,9 @@ class BorrowedChunks(PinnedChunks):
     """Chunks at places that another client of this host was told, and has pinned: nothing is asked, and nothing unpinned."""
 
     def verify(self, check_content: bool = False) -> None:
-        """The same. Whether the pins were still there does not matter; the server is told that the chunks were read."""
+        """The same. Whether the pins were still there does not matter. The chunks are counted for the next report."""
         super().verify(check_content)
         self._client.tally.add(loaded_chunks=len(self.extents))
-        self._client.post_report(self._attachment)
 
     def _unpin(self) -> None:
         pass
@@ -621,9 +620,10 @@ class KVCacheClient:
                 self.tally.give_back(report)
                 raise
 
-    def post_report(self, attachment: Attachment) -> None:
+    def post_report(self) -> None:
         """Tell the server now what was counted, without waiting for the reply; what cannot be sent is told by the heartbeat."""
-        report = self.tally.take(attachment.client_id)
+        attachment = self._attachment
+        report = self.tally.take(attachment.client_id) if attachment is not None else None
         if report is not None:
             try:
                 self.mq.post(report)
@@ -826,8 +826,8 @@ class KVCacheClient:
     def borrow(self, placements: list[Placement], boot: str) -> BorrowedChunks | None:
         """Return chunks at the places that a LOOKUP of the server life `boot` told another client of this host.
 
-        No message is sent for them. What `verify` accepts has been the chunks' all the time, whether or not the other client's
-        pins were there, and whatever became of the server.
+        No message is sent for them but for `post_report` afterwards. What `verify` accepts has been the chunks' all the time,
+        whether or not the other client's pins were there, and whatever became of the server.
 
         Returns: None when this client has not mapped the pool of that life: `pin` finds the chunks, or does not.
         Raises: PoolError for places outside the pool.

@@ -195,6 +195,9 @@ class WorkerHalf:
         """Return, once, what the scheduler should know of this step's loads."""
         if not self._ended_loads:
             return None
+        # Not right after the load, where it would delay the forward pass; but before vLLM hears of the step, so that
+        # who has an answer finds it counted.
+        self._client.post_report()
         ended, self._ended_loads = frozenset(self._ended_loads), set()
         return StepReport(ended, {self._rank: self._load_failures})
 
