@@ -50,6 +50,12 @@ ParentKey = Annotated[bytes, Meta(max_length=KEY_BYTES)]
 Hash64 = Annotated[int, Meta(ge=0)]
 
 
+ENGINE_HINT = (
+    "an engine finds its connector by --kv-transfer-config "
+    """'{"kv_connector":"LMCacheMPConnector","kv_role":"kv_both","kv_load_failure_policy":"recompute"}'"""
+)
+
+
 class Feature(enum.IntFlag):
     """What a peer can do beyond the messages themselves; both sides use the intersection."""
 
@@ -511,7 +517,7 @@ def decode_request(
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ProtocolError(
             f"the header is not a request: {exc}",
-            hint="send msgpack maps with 'v' and 'op', or use lmcache.client",
+            hint=f"this is an lmcache server, which speaks msgpack maps with 'v' and 'op'; {ENGINE_HINT}",
             code="bad_header",
         ) from exc
     if not min_version <= envelope.v <= max_version:

@@ -586,13 +586,13 @@ class KVCacheClient:
             try:
                 wait, backoff = self._beat_once(), 0.1
             except LMCacheError as exc:
-                is_new = not self._down_reason
+                # Something else may answer there, now or later. Who was connected and is silent is frozen: no need to look.
+                is_worth_a_look = not self._down_reason or not isinstance(exc, DeadlineError)
                 self._down_reason = str(exc)
                 attachment = self._attachment
                 if attachment is not None:
                     self._retire(attachment)
-                # Something else may answer there. It is looked at once, not each time the server is away.
-                found = (diagnose(self.mq.url) if is_new else None) or exc
+                found = (diagnose(self.mq.url) if is_worth_a_look else None) or exc
                 self._down_reason = f"{found}; hint: {found.hint}" if found.hint else str(found)
                 self.note_failure(UnreachableError(self._down_reason))
                 wait, backoff = backoff, min(backoff * 2, BACKOFF_MAX_SECONDS)

@@ -497,6 +497,17 @@ def test_many_threads_that_find_the_server_hanging_wait_for_one_deadline_and_not
         assert len(errors) == 20
 
 
+def test_an_engine_that_was_given_the_servers_http_port_is_told_so_also_where_it_was_there_first(tmp_path):
+    """VER-3: by the heartbeat, which looks at what answers there."""
+    port = free_port()
+    with KVCacheClient(f"tcp://127.0.0.1:{port}", heartbeat=True, heartbeat_seconds=0.05, timeout_seconds=0.2) as client:
+        wait_until(lambda: client._down_reason)
+        with server_in(tmp_path, no_http=False, http_port=port):
+            wait_until(lambda: "speaks HTTP, not ZMQ" in client._down_reason)
+            with pytest.raises(UnreachableError, match="speaks HTTP, not ZMQ"):
+                client.lookup(keys(1))
+
+
 def test_no_server_at_all_is_an_error_by_the_deadline():
     with KVCacheClient(f"tcp://127.0.0.1:{free_port()}", timeout_seconds=0.3) as client:
         with pytest.raises(UnreachableError, match="no connection"):
