@@ -258,7 +258,7 @@ class Report(Request[Reply], tag="REPORT"):
 
     `failed_blocks`: engine blocks that a load did not fill. `failed_lookups`: lookups that became misses because no
     answer came. `decode_chunks`: those of its stored chunks that hold generated tokens. `loaded_chunks`: those that it read
-    at the places of a LOOKUP; sent as soon as they were read.
+    at the places of a LOOKUP, sent at the end of the step that did.
     """
 
     client: ClientId
