@@ -5,13 +5,15 @@ import socket
 
 import pytest
 
+from tests.chaos.waiting import wait_until
 from tests.server_process import LmcacheServer, free_port, run_lmcache, running_lmcache
 
 
 def test_it_serves_until_sigterm_or_sigint_and_leaves_nothing():
     for number in (signal.SIGTERM, signal.SIGINT):
         with LmcacheServer() as server:
-            assert f"ZMQ {server.zmq_url}" in server.log_text()
+            # It answers a moment before it says so.
+            wait_until(lambda server=server: f"ZMQ {server.zmq_url}" in server.log_text(), "it says where it listens")
             assert server.shared_files() != []
             assert server.stop(number) == 0
             assert server.shared_files() == []
