@@ -6,11 +6,13 @@ ENGINE_STAMPS names. What a request's X-Request-Id says decides what happens in 
 
 - `floor`: nothing is loaded, and no message is sent for it.
 - `memcpy`: the load is timed, and so is one memcpy of as many bytes; they take turns to be first.
+- `asking`: the worker asks the server where the chunks lie, although the scheduler's lookup has told it.
 - anything else: as in the product, with its copy timed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import mmap
 import os
@@ -165,6 +167,8 @@ class TimedConnector(LMCacheMPConnector):
             super().start_load_kv(forward_context, **kwargs)
             return
         self._request_id = request_id = loads[0].request_id
+        if "asking" in request_id:
+            loads[:] = [dataclasses.replace(load, places=[]) for load in loads]
         self._stamp(request_id, "load_begin")
         if "floor" in request_id:
             self._worker._ended_loads.update(load.request_id for load in loads)

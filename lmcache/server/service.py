@@ -85,6 +85,8 @@ IDLE_CHECK_SECONDS = 1.0
 MAX_CHECKED_CHUNKS = 50_000
 # Bytes of one GET that may be on their way to one peer: a reader that stops reading pins no more than this.
 MAX_GET_BYTES = 64 << 20
+# Errors of a peer that speaks something else and may not understand the reply: the log tells whoever looks for the reason.
+FOREIGN = ("version_mismatch", "bad_header")
 # Both are only there so that no sequence of good requests makes the server grow without end.
 MAX_PENDING_CLEARS = 64
 MAX_MODELS = 1024
@@ -215,8 +217,8 @@ class CacheService:
                 return
             self._send(op, self._handlers[type(request)](request, payload), respond, started_at)
         except LMCacheError as exc:
-            if exc.code == "version_mismatch":
-                self._log.warning("version", f"a request was refused: {exc}; hint: {exc.hint}")
+            if exc.code in FOREIGN:
+                self._log.warning(exc.code, f"a request was refused: {exc}; hint: {exc.hint}")
             self._send(op, self._error(exc), respond, started_at)
         except Exception as exc:  # a bug must cost its request an error, not every client the server
             logger.exception("%s failed", op)

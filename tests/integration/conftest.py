@@ -22,6 +22,8 @@ STEP_TOKENS = 7 * CHUNK_SIZE
 RECONNECT_SECONDS = 180.0
 REQUEST_SECONDS = 600.0
 LOOKUP_SECONDS = 15.0
+# The worker's report and the scheduler's frees come over two connections; neither waits for an answer.
+SETTLE_SECONDS = 0.1
 PLACEHOLDERS = Path(__file__).parents[1] / "cuda_placeholders"
 PATHS = [str(PLACEHOLDERS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 BUILT_IN = {"LMCACHE_USE_UPSTREAM_MP": "1", "PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
@@ -82,13 +84,20 @@ class Engine(VllmServer):
         """Return the text, and the tokens that were meanwhile looked up with success, loaded and stored."""
         before = self.server.status()["counters"]
         text = self.ask(prompt, **extra)
-        wait_until(lambda: is_at_rest(self.server), "the server has heard of the request's end")
-        after = self.server.status()["counters"]
+        after = self._counters_at_rest()
         return text, {
             "hit": CHUNK_SIZE * (after["lookup_chunks"]["hit"] - before["lookup_chunks"]["hit"]),
             "loaded": after["retrieved_tokens"] - before["retrieved_tokens"],
             "stored": CHUNK_SIZE * (after["stored_chunks"] - before["stored_chunks"]),
         }
+
+    def _counters_at_rest(self) -> dict[str, Any]:
+        """Return the server's counters once it has heard of the request's end, from both halves of the plug-in."""
+        wait_until(lambda: is_at_rest(self.server), "the request holds nothing any more")
+        counters: dict[str, Any] = {}
+        while counters != (counters := self.server.status()["counters"]):
+            time.sleep(SETTLE_SECONDS)
+        return counters
 
     def metric(self, name: str) -> float:
         """Return the sum of a metric's series; 0 while vLLM is too busy to tell."""

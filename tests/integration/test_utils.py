@@ -1,5 +1,6 @@
 """What is read of vLLM's configuration and requests: settings, identity, and what is refused."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from lmcache.integration.vllm.utils import (
     ConnectorConfig,
     engine_namespace,
     request_namespace,
+    software,
     weights_digest,
 )
 from lmcache.integration.vllm.worker import read_layout
@@ -167,3 +169,11 @@ def test_an_engine_that_registers_no_tensors_is_refused():
     config = SimpleNamespace(kv_cache_groups=[make_group()], num_blocks=4)
     with pytest.raises(LayoutMismatchError, match="no KV tensors"):
         read_layout({"another layer": None}, vllm_config, config)
+
+
+@pytest.mark.parametrize(("version", "is_warned_of"), [("0.32.0", False), ("0.32.1+cpu", False), ("0.99.0", True)])
+def test_a_version_of_vllm_that_was_never_run_is_warned_of_and_used(monkeypatch, caplog, version, is_warned_of):
+    """VER-2."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
+    assert software("LMCacheMPConnector") == [f"vllm {version}", "LMCacheMPConnector"]
+    assert (f"vLLM {version} was not run with this version of lmcache" in caplog.text) == is_warned_of

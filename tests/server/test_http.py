@@ -129,7 +129,7 @@ def test_without_http_nothing_listens_and_zmq_serves(tmp_path):
 
 def test_metrics_can_have_a_port_of_their_own(tmp_path):
     port = free_port()
-    with server_in(tmp_path, no_http=True, metrics_port=port), httpx.Client(trust_env=False) as http:
+    with server_in(tmp_path, no_http=True, metrics_port=port), httpx.Client(timeout=60, trust_env=False) as http:
         text = http.get(f"http://127.0.0.1:{port}/metrics").text
         assert {family.name for family in text_string_to_metric_families(text)} == {spec.name for spec in SPECS}
 

@@ -681,6 +681,20 @@ def test_bytes_that_are_no_request_are_answered_with_an_error_and_counted(servic
     assert service.value("requests", "invalid", "error") == 3
 
 
+def test_a_connector_of_another_project_is_told_what_this_is_and_how_an_engine_finds_its_own(service, capfd):
+    """VER-3: also in the server's log, because such a peer may not understand the reply."""
+    from lmcache.log import configure_logging
+
+    configure_logging("INFO")
+    for _ in range(50):
+        [answer] = service.send_raw(msgspec.msgpack.encode(7))
+    hint = answer.reply.error.hint
+    assert "this is an lmcache server" in hint
+    assert '--kv-transfer-config \'{"kv_connector":"LMCacheMPConnector"' in hint
+    assert capfd.readouterr().err.count(hint) == 1
+    configure_logging()
+
+
 def test_a_bug_in_a_handler_costs_its_request_an_error_and_the_server_nothing(service, monkeypatch):
     service.service._handlers[Noop] = lambda request, payload: 1 // 0
     with pytest.raises(RemoteError, match="NOOP failed in the server: ZeroDivisionError") as caught:

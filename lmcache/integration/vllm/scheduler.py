@@ -228,7 +228,9 @@ class SchedulerHalf:
             except LMCacheError as exc:
                 self._client.tally.add(failed_lookups={failure_reason(exc): 1})
                 raise
-            tracked.hit_chunks, tracked.places, tracked.hit_boot = reply.l1_chunks, reply.placements, reply.boot
+            tracked.hit_chunks, tracked.hit_boot = reply.l1_chunks, reply.boot
+            if len(reply.placements) == reply.l1_chunks * tracked.namespace.world_size:
+                tracked.places = reply.placements
             tracked.may_hold_pins = reply.l1_chunks > 0
         return min(tracked.hit_chunks, self._usable_chunks(tracked))
 

@@ -278,6 +278,9 @@ class WorkerHalf:
         up_to = self._background.done_up_to if self._background is not None else 0
         if not self._ended_loads and up_to == self._reported_up_to:
             return None
+        # Not right after the load, where it would delay the forward pass; but before vLLM hears of the step, so that
+        # who has an answer finds it counted.
+        self._client.post_report()
         ended, self._ended_loads = frozenset(self._ended_loads), set()
         self._reported_up_to = up_to
         return StepReport(ended, {self._rank: self._load_failures}, {self._rank: up_to} if self._background else {})
