@@ -256,7 +256,7 @@ class CudaCopier(ChunkCopier):
             raise LayoutMismatchError(f"{len(block_ids)} block ids do not fill {len(extents)} extents of {size} blocks")
         leaves_gaps, after = after is not None, after or self.fence()
         if leaves_gaps:
-            wait_for(after, TRANSFER_SECONDS, STEP_POLL_SECONDS)
+            self._wait_for_step(after)
         lane, transfer = self._stores, CudaTransfer()
         with torch.cuda.device(self._device), torch.cuda.stream(lane.kernels):
             try:
@@ -278,6 +278,14 @@ class CudaCopier(ChunkCopier):
             finally:  # whatever happened, nothing writes to the extents when this returns
                 transfer.end(lane.copies)
                 transfer.wait(TRANSFER_SECONDS)
+
+    def _wait_for_step(self, after: torch.cuda.Event) -> None:
+        try:
+            wait_for(after, TRANSFER_SECONDS, STEP_POLL_SECONDS)
+        except StuckTransferError as exc:  # nothing was begun yet
+            raise CancelledTransferError(
+                f"a store was given up: the step before it did not end within {TRANSFER_SECONDS:g} s"
+            ) from exc
 
     def protect_blocks(self) -> None:
         """Let what the current stream is given next wait until blocks that stores are reading have been read."""
@@ -346,12 +354,12 @@ class CudaCopier(ChunkCopier):
         offset = (piece.planes.start * blocks_per_chunk + piece.blocks.start) * self.layout.block_bytes
         starts = [address_of(extents[chunk]) + offset for chunk in piece.chunks]
         at = slot.buffer.data_ptr()
-        handle = stream.cuda_stream
+        handle, pinned = stream.cuda_stream, self.pinned
         for address, num_bytes in runs(starts, length):
-            is_pinned = self.pinned.is_pinned(address, num_bytes)
+            is_pinned = pinned.is_pinned(address, num_bytes)
             if not is_pinned:
                 self.unpinned_bytes += num_bytes
-            for part, part_bytes in self.pinned.split(address, num_bytes):
+            for part, part_bytes in pinned.split(address, num_bytes):
                 if to_host:
                     self._driver.copy_to_host(part, at, part_bytes, handle, is_pinned)
                 else:

@@ -96,6 +96,11 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         _read_config(extra_config)
         return False
 
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """No: while vLLM sleeps its KV has no memory, and stores may be reading it. Asked by vLLM 0.33."""
+        return False
+
     # -- worker: start and end --------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
