@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -284,10 +285,22 @@ def asked(engines):
         yield engine, start
 
 
+def freeze_within_an_answer(engine, start, *words):
+    """Return a command that waits for the rest of an answer; the engine is stopped."""
+    for _ in range(5):
+        process = start(*words)
+        os.killpg(engine.group, signal.SIGSTOP)
+        try:
+            process.wait(timeout=3)  # for what is on the way
+        except subprocess.TimeoutExpired:
+            return process
+        os.killpg(engine.group, signal.SIGCONT)  # the answer was over before anybody noticed that it had begun
+    raise AssertionError("the answers are too short to freeze the engine within one")
+
+
 def test_an_engine_that_freezes_within_its_answer_is_exit_code_3(asked):
     engine, start = asked
-    process = start("--timeout", "15")
-    os.killpg(engine.group, signal.SIGSTOP)
+    process = freeze_within_an_answer(engine, start, "--timeout", "15")
     try:
         output, error = process.communicate(timeout=300)
         for command in (["ping"], ["describe"], ["query", "engine", "--prompt", "x"]):
@@ -302,9 +315,9 @@ def test_an_engine_that_freezes_within_its_answer_is_exit_code_3(asked):
 def test_an_engine_that_dies_within_its_answer_is_exit_code_3(asked):
     """Last: nothing answers afterwards."""
     engine, start = asked
-    process = start("--timeout", "60")
+    process = freeze_within_an_answer(engine, start, "--timeout", "60")
     engine.kill()
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 3
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 3, output
     assert "ended the connection within its answer" in error
     assert "cannot connect to" in Cli("").refused("ping", "engine", "--url", engine.url, code=3)
