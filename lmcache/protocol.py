@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import threading
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, cast
 
 import msgspec
@@ -485,12 +486,18 @@ REQUESTS: dict[str, type[Request[Any]]] = {
 }
 
 _encoder = msgspec.msgpack.Encoder()
+_building = threading.Lock()
 
 
 @functools.cache
 def _decoder(message: type[Struct]) -> msgspec.msgpack.Decoder[Any]:
-    """Built on first use: a short-lived command needs one or two of them."""
-    return msgspec.msgpack.Decoder(message)
+    """Built on first use: a short-lived command needs one or two of them.
+
+    One at a time: what msgspec knows of a nested struct can be seen before it is complete, and another thread's decoder that
+    was built on that would crash the process.
+    """
+    with _building:
+        return msgspec.msgpack.Decoder(message)
 
 
 def encode(message: Struct) -> bytes:

@@ -1,6 +1,7 @@
 """Messages: what is accepted, what is refused with which code, and how versions meet."""
 
 import struct
+import threading
 from typing import Any
 
 import msgspec
@@ -374,3 +375,25 @@ def test_the_wire_format_of_version_1_stays():
     assert [outcome.value for outcome in protocol.StoreOutcome] == [0, 1, 2, 3]
     assert {status.value for status in HitStatus} == {"HIT", "PENDING", "MISS"}
     assert struct.calcsize("<32s") == KEY_BYTES
+
+
+def test_two_threads_never_build_a_decoder_at_the_same_time(monkeypatch):
+    """msgspec lets others see a nested struct that it has not taken in yet; decoding with that ended the process."""
+    inside, overlapped = [], threading.Event()
+
+    def build(message):
+        inside.append(message)
+        if len(inside) > 1:
+            overlapped.set()
+        overlapped.wait(0.2)  # time for another to come in
+        inside.remove(message)
+        return message
+
+    monkeypatch.setattr(msgspec.msgpack, "Decoder", build)
+    messages = [protocol.StoreReply, protocol.RetrieveReply, protocol.LookupReply]
+    threads = [threading.Thread(target=protocol._decoder.__wrapped__, args=(message,)) for message in messages]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not overlapped.is_set()

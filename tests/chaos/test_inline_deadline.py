@@ -1,7 +1,6 @@
 """A caller may reuse its buffers once its deadline has passed, whatever is still on the way."""
 
 import os
-import signal
 import time
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import DeadlineError
 from lmcache.keys import Namespace, chunk_keys
+from tests.fakes import PATIENCE_SECONDS
 from tests.server_process import LmcacheServer
 
 CHUNK_BYTES = 8 << 20
@@ -21,7 +21,7 @@ def test_buffers_changed_after_the_deadline_are_never_stored() -> None:
         originals = [bytes(chunk) for chunk in chunks]
         client.store(chunk_keys(namespace, [1]), chunks[:1])
         keys = chunk_keys(namespace, range(10, 14))
-        os.kill(server.pid, signal.SIGSTOP)
+        server.freeze()
         client.mq.timeout_seconds = 1
         try:
             with pytest.raises(DeadlineError):
@@ -29,8 +29,8 @@ def test_buffers_changed_after_the_deadline_are_never_stored() -> None:
             for chunk in chunks:
                 chunk[:] = bytes(CHUNK_BYTES)
         finally:
-            os.kill(server.pid, signal.SIGCONT)
-        client.mq.timeout_seconds = 60
+            server.thaw()
+        client.mq.timeout_seconds = PATIENCE_SECONDS
         time.sleep(0.5)
         with KVCacheClient(server.zmq_url) as reader:
             buffers = [bytearray(CHUNK_BYTES) for _ in range(4)]
