@@ -66,6 +66,9 @@ WAITS = {"result", "wait", "join", "recv", "acquire", "get", "communicate"}
 BROAD_EXCEPTS = {
     ("server/service.py", "handle"),  # a handler's bug costs its request an error
     ("server/service.py", "tick"),  # the loop lives on, and health tells
+    ("server/service.py", "collect"),  # the same
+    ("storage/l2/workers.py", "_run_job"),  # an adapter's bug, or its library's, costs one job
+    ("metrics.py", "_export"),  # what fails in the exporter fails no request
     ("client/kvcache.py", "_call_once"),  # gives the attachment back and raises again
     ("cli/main.py", "_guarded"),  # a bug is one message and an exit code
     ("cli/prompts.py", "load_tokenizer"),  # the tokenizers library raises bare Exception
@@ -87,6 +90,7 @@ UNTIMED = {
     ("server/zmq_frontend.py", "_receive_rest", "recv"),  # the same
     ("server/zmq_frontend.py", "_receive", "recv"),  # the same
     ("server/zmq_frontend.py", "_next_peer", "recv"),  # RCVTIMEO is set
+    ("storage/l2/workers.py", "_run", "get"),  # until `close` puts None
     ("cli/base.py", "ask", "result"),  # by the request's deadline
     ("cli/commands/describe/watch.py", "describe", "result"),  # Sample.result: a report, no wait
     ("cli/commands/describe/watch.py", "_show", "result"),  # the same
