@@ -194,7 +194,7 @@ class StorageManagerSettings:
         "N",
     )
     l2_inflight_ratio: float = _setting(
-        0.25, _number(float, 0.001, 1), "share of L1 that chunks on their way up from L2 may take", "RATIO"
+        0.5, _number(float, 0.001, 1), "share of L1 that chunks on their way up from L2 may take", "RATIO"
     )
     l2_read_threads: int = _setting(4, _number(int, 1, 64), "reads from a tier side by side", "N")
     l2_write_threads: int = _setting(2, _number(int, 1, 64), "writes to a tier side by side", "N")

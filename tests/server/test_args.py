@@ -54,7 +54,7 @@ OTHER_VALUES = {
     "l2_policy": "write-on-evict",
     "l2_lookup_timeout_seconds": "0.5",
     "l2_min_tokens_per_second": "0",
-    "l2_inflight_ratio": "0.5",
+    "l2_inflight_ratio": "0.25",
     "l2_read_threads": "8",
     "l2_write_threads": "1",
     "l2_drain_seconds": "0",

@@ -57,7 +57,7 @@ class TierConfig(msgspec.Struct, frozen=True, kw_only=True):
     chunk_size: int = 256
     lookup_timeout_seconds: float = 1.0
     min_tokens_per_second: float = 1000.0
-    inflight_ratio: float = 0.25
+    inflight_ratio: float = 0.5
     write_on_evict: bool = False
     read_threads: int = 4
     write_threads: int = 2
