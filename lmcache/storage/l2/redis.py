@@ -1,8 +1,8 @@
 """L2 in Redis or Valkey: one string a value, on one server or on a cluster.
 
 Comes in: keys and memory. Goes out: SET and GET whose payloads go between the socket and that memory, with no copy in between;
-for all else redis-py's own commands, pipelined. What is evicted, and when, is the server's business (`maxmemory-policy`), unless
-`ttl-seconds` says when values go.
+for all else redis-py's own commands, pipelined. What is evicted, and when, is the server's business (`maxmemory-policy`),
+unless `ttl-seconds` says when values go.
 
 One connection does one command at a time. redis-py keeps them, connects, authenticates and finds a key's node.
 """
@@ -31,6 +31,7 @@ CRLF = b"\r\n"
 SCRATCH_BYTES = 4096
 BATCH_KEYS = 512
 MAX_REDIRECTS = 5
+_ERRORS = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 # Replies that redis-py has no class of its own for.
 _REASONS_BY_WORD = {
     "NOAUTH": Reason.DENIED,
@@ -137,7 +138,7 @@ class RedisAdapter(L2Adapter):
         with self._mutex:
             client, self._client = self._client, None
         if client is not None:
-            with contextlib.suppress(exceptions.RedisError, OSError):
+            with contextlib.suppress(*_ERRORS):
                 client.close()
                 if not self._settings.cluster:
                     client.connection_pool.disconnect()
@@ -233,7 +234,7 @@ class RedisAdapter(L2Adapter):
     def _as_l2_error(self, action: str) -> Iterator[None]:
         try:
             yield
-        except (exceptions.RedisError, OSError) as exc:
+        except _ERRORS as exc:
             # redis-py puts the command of a pipeline in front.
             text = str(exc).rpartition("caused error: ")[2] or type(exc).__name__
             raise L2Error(f"redis {self._name}: cannot {action}: {text}", code=_reason(exc, text)) from exc
