@@ -43,12 +43,23 @@ HOMES = {
     "transformers": ("cli/",),
     "httpx": ("cli/",),
     "h11": ("cli/",),
+    "redis": ("storage/l2/redis.py",),
+    "obstore": ("storage/l2/s3.py",),
     "psutil": (),
     "requests": (),
 }
-HEAVY = {"torch", "triton", "vllm", "transformers", "fastapi", "uvicorn", "prometheus_client", "numpy"}
+HEAVY = {"torch", "triton", "vllm", "transformers", "fastapi", "uvicorn", "prometheus_client", "numpy", "redis", "obstore"}
 # Whole modules that are themselves imported only where their library is wanted.
-LOADED_ON_USE = ("server/http_routes.py", "transfer/", "integration/", "cli/commands/bench/")
+LOADED_ON_USE = (
+    "server/http_routes.py",
+    "transfer/",
+    "integration/",
+    "cli/commands/bench/",
+    "storage/l2/redis.py",
+    "storage/l2/s3.py",
+)
+# Loaded by name, when a setting asks for it; what it needs comes with an extra.
+OPTIONAL_MODULES = {"storage/l2/redis.py", "storage/l2/s3.py"}
 
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "imp", "code", "pty"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
@@ -205,6 +216,11 @@ def test_nothing_received_can_be_unpickled_or_run(module: str):
             assert not (keyword.arg == "shell" and getattr(keyword.value, "value", True)), f"{where}: a shell"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_an_optional_one(module: str):
+    assert not OPTIONAL_MODULES & {our_file(imported) for imported in imports_of(module)}
+
+
 def is_broad(handler: ast.ExceptHandler) -> bool:
     if handler.type is None:
         return True
@@ -262,7 +278,7 @@ def test_the_core_and_the_server_need_no_optional_library():
     """They are installed with nothing but the dependencies in pyproject.toml."""
     declared = {"fastapi", "httpx", "msgspec", "prometheus_client", "zmq", "uvicorn", "xxhash", "h11"}
     for module in MODULES:
-        if part_of(module) in ("core", "client", "storage", "server"):
+        if part_of(module) in ("core", "client", "storage", "server") and module not in OPTIONAL_MODULES:
             for imported in imports_of(module):
                 top = imported.module.split(".")[0]
                 assert top in sys.stdlib_module_names | declared | {"lmcache", "__future__"}, f"{module}:{imported.line}: {top}"

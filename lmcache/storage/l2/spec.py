@@ -1,7 +1,7 @@
 """Which tiers the server uses, as given to `--l2-adapter`: a URL or a JSON object, checked before anything is opened.
 
 Comes in: `redis://host:6379/0?prefix=kv:` or `{"type": "redis", "host": "host", "prefix": "kv:"}`. Goes out: an `AdapterSpec`,
-and from it an adapter. Nothing of a back end's client is imported until its adapter is made. Next on the data path: the adapter.
+and from it an adapter. No back end's client is imported until its adapter is made. Next on the data path: the adapter.
 """
 
 from __future__ import annotations
