@@ -6,11 +6,13 @@ Comes in: jobs, from the owner thread. Goes out: the same jobs, done, through `C
 from __future__ import annotations
 
 import mmap
+import os
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from lmcache.log import init_logger
 from lmcache.storage.l2.base import L2Adapter, L2Error, Reason
@@ -49,12 +51,16 @@ class Workers:
 
     Args:
         name: for people: of the threads, and in problems.
+        niceness: how much the threads stand back behind others that want a core.
     """
 
-    def __init__(self, name: str, num_threads: int, adapter: L2Adapter, completions: Completions) -> None:
+    def __init__(
+        self, name: str, num_threads: int, adapter: L2Adapter, completions: Completions, niceness: int = 0
+    ) -> None:
         self.name = name
         self._adapter = adapter
         self._completions = completions
+        self._niceness = niceness
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         # Since when each thread is at its job; 0 while it waits for one.
         self._busy_since = [0.0] * num_threads
@@ -94,6 +100,8 @@ class Workers:
         return [thread.name for thread in self._threads if thread.is_alive()]
 
     def _run(self, index: int) -> None:
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
         # A page of its own: direct I/O wants the header aligned as the chunks are.
         page = mmap.mmap(-1, HEADER_BYTES)
         with page, memoryview(page) as header:
