@@ -1,9 +1,9 @@
 """Do L1's figures stay what they are while chunks are written to L2 behind them?
 
-Floor: the same stores and retrieves on a server without L2. Both servers run in the same run, and take turns in short rounds: a round of
-the one without begins when the other has nothing left to write; in a round of the other its threads write all the time, since it
-stores faster than a disk takes. L1 is full in both, so each store evicts. Beside it the control: the server without L2 while another
-process writes files as fast as it can, which shows what the machine's cores and memory alone cost.
+Floor: the same stores and retrieves on a server without L2. Both servers run in the same run, and take turns in short rounds: a
+round of the one without begins when the other has nothing left to write; in a round of the other its threads write all the time,
+since it stores faster than a disk takes. L1 is full in both, so each store evicts. Beside it the control: the server without L2
+while another process writes files as fast as it can, which shows what the machine's cores and memory alone cost.
 Run: python benchmarks/l2_beside_l1.py [--folder DIR] [--rounds 12] [--chunk-mib 8]
 """
 
@@ -113,7 +113,10 @@ def measure(chunk_bytes: int, folder: str, rounds: int) -> dict[str, float]:
     seconds: dict[str, list[tuple[float, float]]] = {"without": [], "with_l2": [], "control": []}
     size = ("--l1-size-gb", str(L1_GIB))
     adapter = f"fs://{folder}/l2?capacity-gb=4"
-    with server(*size) as (plain_url, plain_pid), server(*size, "--l2-adapter", adapter, "--l2-drain-seconds", "0") as (url, pid):
+    with (
+        server(*size) as (plain_url, plain_pid),
+        server(*size, "--l2-adapter", adapter, "--l2-drain-seconds", "0") as (url, pid),
+    ):
         wait_resident(plain_pid, int(L1_GIB * 2**30))
         wait_resident(pid, int(L1_GIB * 2**30))
         plain, tiered = Lane(plain_url, chunk_bytes), Lane(url, chunk_bytes)

@@ -454,13 +454,13 @@ class CacheService:
         slots = self.storage.l1.find_prefix(keys, request.world_size)
         hit_chunks = l1_chunks = len(slots) // request.world_size
         first_hits = hit_chunks if found is None else found.l1_chunks
-        if found is not None and client is None:
-            hit_chunks = max(hit_chunks, found.hit_chunks)
+        if found is not None and client is None:  # nothing was pinned: all of it is of the moment when it was asked
+            hit_chunks, l1_chunks = max(first_hits, found.hit_chunks), first_hits
         self.metrics.count("lmcache_lookup_chunks", "hit", by=first_hits)
         self.metrics.count("lmcache_lookup_chunks", "miss", by=num_chunks - first_hits)
         status = HitStatus.HIT if hit_chunks else HitStatus.MISS
         reply = LookupReply(status=status, hit_chunks=hit_chunks, l1_chunks=l1_chunks)
-        reply.l2_chunks = hit_chunks - (first_hits if client is not None else l1_chunks)
+        reply.l2_chunks = hit_chunks - first_hits
         self.metrics.count("lmcache_l2_promoted_chunks", by=reply.l2_chunks if client is not None else 0)
         reply.tiers = found.tiers if found is not None else {}
         answer = Answer(reply)

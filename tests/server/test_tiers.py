@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_health_problem_and_shows(tmp_p
     (tmp_path / "l2").write_text("not a folder")
     with server_in(pools(tmp_path), **with_folder(tmp_path)) as server:
         store(server, *range(12))
-        wait_until(lambda: status_of(server)["l2"][0]["writes"] != "closed", "the breaker")
+        wait_until(lambda: status_of(server)["l2"][0]["write_breaker"] != "closed", "the breaker")
         status = status_of(server)
         assert status["healthy"]
         assert status["l2"][0]["last_error"]

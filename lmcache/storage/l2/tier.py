@@ -232,8 +232,8 @@ class Tier:
         return {
             "name": self.name,
             "adapter": self._shown,
-            "reads": self.reads.state.value,
-            "writes": self.writes.state.value,
+            "read_breaker": self.reads.state.value,
+            "write_breaker": self.writes.state.value,
             "used_bytes": self.usage.used_bytes,
             "capacity_bytes": self.usage.capacity_bytes,
             "objects": self.usage.objects,

@@ -54,9 +54,7 @@ class Workers:
         niceness: how much the threads stand back behind others that want a core.
     """
 
-    def __init__(
-        self, name: str, num_threads: int, adapter: L2Adapter, completions: Completions, niceness: int = 0
-    ) -> None:
+    def __init__(self, name: str, num_threads: int, adapter: L2Adapter, completions: Completions, niceness: int = 0) -> None:
         self.name = name
         self._adapter = adapter
         self._completions = completions
