@@ -5,7 +5,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Engine(VllmServer):
         env: dict[str, str] | None = None,
         failure_policy: str = "recompute",
         flags: Sequence[str] = (),
+        connector_config: Mapping[str, object] | None = None,
     ) -> None:
         transfer = {
             "kv_connector": "LMCacheMPConnector",
@@ -51,6 +52,7 @@ class Engine(VllmServer):
             "kv_connector_extra_config": {
                 "lmcache.mp.host": "tcp://127.0.0.1",
                 "lmcache.mp.port": server.port,
+                **(connector_config or {}),
             },
         }
         ours = ["--max-num-batched-tokens", str(STEP_TOKENS), "--kv-transfer-config", json.dumps(transfer)]
