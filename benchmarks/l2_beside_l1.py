@@ -1,9 +1,9 @@
 """Do L1's figures stay what they are while chunks are written to L2 behind them?
 
-Floor: the same stores and retrieves on a server without L2. Both servers run in the same run, and take turns in short rounds: a
-round of the one without begins when the other has nothing left to write; in a round of the other its threads write all the time,
-since it stores faster than a disk takes. L1 is full in both, so each store evicts. Beside it the control: the server without L2
-while another process writes files as fast as it can, which shows what the machine's cores and memory alone cost.
+Floor: the same stores and retrieves on a server without L2. Both servers run in the same run, and take turns in short rounds:
+a round of the one without begins when the other has nothing left to write; in a round of the other its threads write all the
+time, as it stores faster than a disk takes. L1 is full in both, so each store evicts. Beside it the control: the server without
+L2 while another process writes files as fast as it can, which shows what the machine's cores and memory alone cost.
 Run: python benchmarks/l2_beside_l1.py [--folder DIR] [--rounds 12] [--chunk-mib 8]
 """
 

@@ -272,16 +272,14 @@ class LookupReply(Reply):
 
 
 class Lookup(Request[LookupReply], tag="LOOKUP"):
-    """How many leading chunks (payload: keys) are present for all ranks? With `client` they stay pinned for `request_id`.
-
-    `timeout_seconds`: how long the sender waits; the server answers before, with what it has loaded from L2 until then.
-    """
+    """How many leading chunks (payload: keys) are present for all ranks? With `client` they stay pinned for `request_id`."""
 
     reply_type = LookupReply
     client: ClientId | None = None
     request_id: Name = ""
     world_size: WorldSize = 1
     timeout_seconds: Seconds | None = None
+    """How long the sender waits; the server answers before, with what it has loaded from L2 until then."""
 
 
 class PinsReply(Reply):
@@ -449,10 +447,7 @@ class ClearTier(str, enum.Enum):
 
 
 class Clear(Request[RemovalReply], tag="CLEAR"):
-    """Removes everything that is not pinned, from L1 and L2 unless `tier` says less.
-
-    `force` waits for pins until `timeout_seconds`; a clear of L2 waits so long for the tiers.
-    """
+    """Removes everything that is not pinned; `force` waits for pins, a clear of L2 for its tiers, until `timeout_seconds`."""
 
     reply_type = RemovalReply
     dry_run: bool = False

@@ -7,6 +7,7 @@ not. Run: python scripts/make_reference.py [--check]. With --check nothing is wr
 from __future__ import annotations
 
 import argparse
+import enum
 import inspect
 import re
 import sys
@@ -169,15 +170,18 @@ def metrics() -> str:
 
 
 def labels(spec: MetricSpec) -> str:
-    """Return a metric's labels with their values; those of `op` are listed below the table."""
-    shown = [f"`{name}`" + ("" if values == OPS else ": " + ", ".join(values)) for name, values in spec.labels.items()]
+    """Return a metric's labels with their values; those of `op` and `tier` are told below the table."""
+    shown = [f"`{name}`" + ("" if values in (OPS, ()) else ": " + ", ".join(values)) for name, values in spec.labels.items()]
     return "; ".join(shown)
 
 
 def operations() -> str:
     """Return the values of the label `op`, and the buckets of the histograms."""
     buckets = ", ".join(f"{bucket:g}" for bucket in DURATION_BUCKETS)
-    return f"`op` is one of {', '.join(OPS)}. The buckets of durations end at {buckets} seconds.\n"
+    return (
+        f"`op` is one of {', '.join(OPS)}. `tier` is a tier's name, as `describe kvcache` shows it: its adapter's, with a"
+        f" number where there are several (`fs`, `redis`, `fs-2`). The buckets of durations end at {buckets} seconds.\n"
+    )
 
 
 # -- messages --------------------------------------------------------------------------------------
@@ -196,9 +200,9 @@ def messages() -> str:
 def types() -> str:
     """Return one row for each type that the fields of messages have."""
     rows = []
-    for kind in (Namespace, KVLayout, protocol.Placement, protocol.ErrorInfo):
+    for kind in (Namespace, KVLayout, protocol.Placement, protocol.TierRemoval, protocol.ErrorInfo):
         rows.append((f"`{kind.__name__}`", first_line(kind), field_list(kind)))
-    for values in (protocol.StoreOutcome, protocol.HitStatus, protocol.Feature):
+    for values in (protocol.StoreOutcome, protocol.HitStatus, protocol.ClearTier, protocol.Feature):
         rows.append(
             (f"`{values.__name__}`", first_line(values), "<br>".join(f"`{item.value}`: {item.name}" for item in values))
         )
@@ -220,6 +224,7 @@ def field_list(message: type[Any], parent: type[Any] | None = None, with_default
 def field_text(field: Any, with_default: bool) -> str:
     """Return `name: type = default`; None is left out, since the type says it."""
     default = field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default
+    default = default.value if isinstance(default, enum.Enum) else default
     has_none = default is None or default is msgspec.NODEFAULT
     shown = f" = {default!r}" if with_default and not has_none else ""
     return f"`{field.name}: {type_text(msgspec_types.type_info(field.type))}{shown}`"

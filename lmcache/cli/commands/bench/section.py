@@ -233,7 +233,7 @@ def _origin_lines(tokens: TokenOrigins | Unknown) -> list[str]:
         return [_row("Prompt tokens by origin", tokens, "")]
     counts = {
         "Prompt tokens from engine's own cache": tokens.engine_cache,
-        "Prompt tokens from external cache": tokens.external,
+        "Prompt tokens from external cache (L1)": tokens.external,
         "Prompt tokens computed": tokens.computed,
     }
     total = tokens.total or 1
