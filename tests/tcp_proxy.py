@@ -10,6 +10,7 @@ from types import TracebackType
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.005
 READ_BYTES = 1 << 16
+DROP_BYTES = 512
 IO_SECONDS = 30.0
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -27,6 +28,7 @@ class TcpProxy:
     """Listens on `port` inside `with`. Whatever is set applies to bytes that come later, on every connection.
 
     hold: while set, nothing that the server says goes on.
+    drip: while set, it goes on in drops: 100 KB/s at most.
     cut_up, cut_down: reset the connection once so many bytes of it went to the server, to the client.
     flip_down: change a bit of this byte (counted from the connection's start) on its way to the client.
     turns: how often a client spoke after the server had: its round trips.
@@ -37,6 +39,7 @@ class TcpProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.hold = threading.Event()
+        self.drip = threading.Event()
         self.cut_up: int | None = None
         self.cut_down: int | None = None
         self.flip_down: int | None = None
@@ -51,6 +54,7 @@ class TcpProxy:
         """Let everything pass again."""
         self.cut_up = self.cut_down = self.flip_down = None
         self.hold.clear()
+        self.drip.clear()
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -83,7 +87,9 @@ class TcpProxy:
         if not is_up and self.hold.is_set():
             return
         try:
-            data = bytearray(source.recv(READ_BYTES))
+            if self.drip.is_set():
+                self._stop.wait(POLL_SECONDS)
+            data = bytearray(source.recv(DROP_BYTES if self.drip.is_set() else READ_BYTES))
             if not data:
                 self._close(pipe, reset=False)
                 return

@@ -119,7 +119,7 @@ class ObjectStoreAdapter(L2Adapter):
         return Usage()
 
     def ping(self) -> None:
-        """List what comes after the last value: nothing, or an error where there is no bucket or no access. It writes nothing."""
+        """List what comes after the last value: nothing, or an error without a bucket or access. It writes nothing."""
         with self._as_l2_error("list"):
             next(iter(obstore.list(self._store, self._prefix, offset=self._prefix + "~")), None)
 

@@ -1,5 +1,6 @@
 """What the server relies on, for every adapter on a real back end: a folder, Redis plain, encrypted and as a cluster, S3."""
 
+import itertools
 import mmap
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ def parts_of(value: bytes, *cuts: int) -> list[memoryview]:
     """The value in pieces, each in page-aligned memory of its own that can be written to, as the pool's extents are."""
     bounds = [0, *cuts, len(value)]
     pieces = []
-    for first, end in zip(bounds, bounds[1:], strict=False):
+    for first, end in itertools.pairwise(bounds):
         memory = memoryview(mmap.mmap(-1, max(1, end - first)))[: end - first]
         memory[:] = value[first:end]
         pieces.append(memory)
