@@ -63,7 +63,7 @@ class TcpProxy:
                 assert isinstance(sock, socket.socket)
                 if key.data is None:
                     self._accept()
-                elif sock in self._selector.get_map():  # not closed a moment ago
+                elif sock.fileno() >= 0:  # not closed a moment ago
                     self._pump(key.data, sock)
         for key in list(self._selector.get_map().values()):
             with contextlib.suppress(OSError):

@@ -82,9 +82,11 @@ class ObjectStoreAdapter(L2Adapter):
                 found = obstore.get(self._store, self._path(key))
             except FileNotFoundError:
                 return False
-            check_length(key, found.meta["size"], sum(part.nbytes for part in parts))
-            value, at = memoryview(found.bytes()), 0
-            check_length(key, len(value), found.meta["size"])
+            length, expected = found.meta["size"], sum(part.nbytes for part in parts)
+            value, at = memoryview(found.bytes() if length == expected else b""), 0
+            del found  # and with it the connection, where the value was not wanted: an error keeps what it sees
+            check_length(key, length, expected)
+            check_length(key, len(value), expected)
             for part in parts:
                 part.cast("B")[:] = value[at : at + part.nbytes]
                 at += part.nbytes
