@@ -14,6 +14,7 @@ from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import LMCacheError, UnreachableError
 from tests.chaos.content import chunk_key, chunk_keys, content
 from tests.chaos.waiting import wait_until
+from tests.l2_servers import ACCESS, BUCKET, redis_server, s3_server
 from tests.server_process import LmcacheServer
 
 CHUNK_BYTES = 64 << 10
@@ -22,11 +23,13 @@ NUM_PROMPTS = 200
 NUM_KILLS = 50
 L1_CHUNKS = 64
 JOIN_SECONDS = 60.0
+# A fake S3 on a busy machine is slower than any engine.
+L2_FLAGS = ["--l2-drain-seconds", "1", "--l2-lookup-timeout-seconds", "30", "--l2-min-tokens-per-second", "0"]
 
 
 def flags(pool_dir: Path, adapter: str) -> list[str]:
     """Of a server whose L1 holds a twelfth of the prompts."""
-    return ["--pool-dir", str(pool_dir), "--l2-adapter", adapter, "--client-lease-seconds", "1", "--l2-drain-seconds", "1"]
+    return ["--pool-dir", str(pool_dir), "--l2-adapter", adapter, "--client-lease-seconds", "1", *L2_FLAGS]
 
 
 @contextlib.contextmanager
@@ -97,8 +100,21 @@ class Worker:
         assert not self._thread.is_alive(), "a client hangs"
 
 
-def test_what_one_server_stores_the_other_serves(pool_dir: Path, tmp_path: Path):
-    with two_servers(pool_dir, f"fs://{tmp_path}/l2?capacity-gb=1") as (one, other):
+@pytest.fixture(params=["fs", "redis", "s3"])
+def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An L2 of each kind, on a real back end."""
+    if request.param == "fs":
+        yield f"fs://{tmp_path}/l2?capacity-gb=1"
+    elif request.param == "redis":
+        with redis_server(tmp_path / "redis") as port:
+            yield f"redis://127.0.0.1:{port}?timeout-seconds=60"
+    else:
+        with s3_server(tmp_path / "s3") as port:
+            yield f"s3://{BUCKET}/l2?endpoint=http://127.0.0.1:{port}&{ACCESS}&timeout-seconds=60"
+
+
+def test_what_one_server_stores_the_other_serves(pool_dir: Path, adapter: str):
+    with two_servers(pool_dir, adapter) as (one, other):
         with KVCacheClient(one.zmq_url, timeout_seconds=60) as writer:
             for number in range(20):
                 writer.store(chunk_keys(prompt(number)), [right_bytes(index) for index in prompt(number)], with_checksums=True)
@@ -114,11 +130,8 @@ def test_what_one_server_stores_the_other_serves(pool_dir: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_servers_that_share_a_folder_are_killed_at_any_moment(pool_dir: Path, tmp_path: Path):
-    assert_survives_kills(pool_dir, f"fs://{tmp_path}/l2?capacity-gb=1")
-
-
-def assert_survives_kills(pool_dir: Path, adapter: str) -> None:
+@pytest.mark.parametrize("adapter", ["fs", "redis"], indirect=True)
+def test_servers_that_share_a_tier_are_killed_at_any_moment(pool_dir: Path, adapter: str):
     choices = random.Random()
     with two_servers(pool_dir, adapter) as servers:
         workers = [Worker(server.zmq_url, seed, seed % 2 == 0) for server in servers for seed in range(2)]

@@ -284,12 +284,14 @@ class FsAdapter(L2Adapter):
         started, began_at = time.monotonic(), time.time()
         try:
             os.makedirs(self._root, mode=0o700, exist_ok=True)
+            is_first_of_default = not self._capacity
+            if is_first_of_default:  # what other threads write meanwhile needs a bound too
+                disk = os.statvfs(self._root)
+                self._capacity = int(disk.f_bavail * disk.f_frsize * DEFAULT_SHARE_OF_FREE)
             found = {key: _Entry(_on_disk(state.st_size), state.st_mtime) for key, state in self._files()}
             with self._mutex:
                 self._merge(found, began_at)
-                if not self._capacity:
-                    disk = os.statvfs(self._root)
-                    self._capacity = self._used + int(disk.f_bavail * disk.f_frsize * DEFAULT_SHARE_OF_FREE)
+                self._capacity += self._used if is_first_of_default else 0
                 took = time.monotonic() - started
                 self._next_scan_at = time.monotonic() + max(RESCAN_SECONDS, 100 * took)
         finally:

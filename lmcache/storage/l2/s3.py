@@ -82,9 +82,11 @@ class ObjectStoreAdapter(L2Adapter):
                 found = obstore.get(self._store, self._path(key))
             except FileNotFoundError:
                 return False
-            check_length(key, found.meta["size"], sum(part.nbytes for part in parts))
-            value, at = memoryview(found.bytes()), 0
-            check_length(key, len(value), found.meta["size"])
+            length, expected = found.meta["size"], sum(part.nbytes for part in parts)
+            value, at = memoryview(found.bytes() if length == expected else b""), 0
+            del found  # and with it the connection, where the value was not wanted: an error keeps what it sees
+            check_length(key, length, expected)
+            check_length(key, len(value), expected)
             for part in parts:
                 part.cast("B")[:] = value[at : at + part.nbytes]
                 at += part.nbytes
@@ -119,7 +121,7 @@ class ObjectStoreAdapter(L2Adapter):
         return Usage()
 
     def ping(self) -> None:
-        """List what comes after the last value: nothing, and an error where there is no bucket or no access. It writes nothing."""
+        """List what comes after the last value: nothing, or an error without a bucket or access. It writes nothing."""
         with self._as_l2_error("list"):
             next(iter(obstore.list(self._store, self._prefix, offset=self._prefix + "~")), None)
 
@@ -127,6 +129,7 @@ class ObjectStoreAdapter(L2Adapter):
         """See the contract."""
         with self._mutex:
             threads, self._threads = self._threads, None
+        self._store = None  # its connections go with it
         if threads is not None:
             threads.shutdown(wait=True, cancel_futures=True)
 

@@ -53,8 +53,8 @@ def _name(text: str) -> str:
 
 
 def _prefix(text: str) -> str:
-    if not text.isascii() or not text.isprintable() or len(text) > MAX_PREFIX_CHARS:
-        raise ValueError(f"expected at most {MAX_PREFIX_CHARS} printable ASCII characters")
+    if not text.isascii() or not text.isprintable() or not 0 < len(text) <= MAX_PREFIX_CHARS:
+        raise ValueError(f"expected 1 to {MAX_PREFIX_CHARS} printable ASCII characters")
     return text
 
 
