@@ -109,7 +109,7 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         with redis_server(tmp_path / "redis") as port:
             yield f"redis://127.0.0.1:{port}?timeout-seconds=60"
     else:
-        with s3_server(tmp_path / "s3") as port:
+        with s3_server(tmp_path) as port:
             yield f"s3://{BUCKET}/l2?endpoint=http://127.0.0.1:{port}&{ACCESS}&timeout-seconds=60"
 
 
