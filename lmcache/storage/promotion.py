@@ -22,13 +22,15 @@ import msgspec
 
 from lmcache.keys import split_keys
 from lmcache.metrics import Metrics
-from lmcache.protocol import MAX_CHUNK_BYTES, MAX_CHUNKS, Placement, StoreOutcome
+from lmcache.protocol import MAX_CHUNK_BYTES, Placement, StoreOutcome
 from lmcache.storage.l2.jobs import FindJob, Outcome, ReadJob, Transfer
 from lmcache.storage.l2.tier import Tier, TierConfig
 from lmcache.storage.l2.value import value_key
 from lmcache.storage.manager import StorageManager
 
 MAX_PROMOTIONS = 256
+# Of one lookup so many chunks, one for each rank, are asked for: a million tokens of one rank, and some ms of the owner's time.
+MAX_ENTRIES = 4096
 # One job reads so many bytes in a row, or fewer when that gives every thread of the tier something to do.
 MAX_JOB_BYTES = 8 << 20
 MIN_JOB_BYTES = 1 << 20
@@ -137,7 +139,7 @@ class Promoter:
         tiers = self._askable()
         num_known = len(l1_slots) // world_size
         wanted = split_keys(keys)
-        missing = range(num_known, min(len(wanted), num_known + max(1, MAX_CHUNKS // world_size)))
+        missing = range(num_known, min(len(wanted), num_known + MAX_ENTRIES // world_size))
         if not missing or not tiers:
             return False
         entries = [Entry(wanted[i], rank, wanted[i - 1] if i else b"") for i in missing for rank in range(world_size)]
@@ -384,7 +386,7 @@ class Promoter:
     def begin_query(self, keys: bytes, world_size: int, l1_slots: list[int], timeout_seconds: float, done: Done) -> bool:
         """Find out what each tier holds of a prefix, load nothing, and call `done`; False when no tier can be asked."""
         tiers = self._askable()
-        names = split_keys(keys)[: max(1, MAX_CHUNKS // world_size)]
+        names = split_keys(keys)[: MAX_ENTRIES // world_size]
         if not names or not tiers:
             return False
         entries = [Entry(key, rank) for key in names for rank in range(world_size)]

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from lmcache.pool import PAGE_BYTES
+from lmcache.pool import PAGE_BYTES, is_client_alive
 from lmcache.protocol import StoreOutcome
 from lmcache.storage.l2.base import Reason
 from lmcache.storage.l2.breaker import MAX_FAILURES
 from lmcache.storage.manager import RemovalReason, Selection
+from lmcache.storage.promotion import MAX_ENTRIES
 from tests.pools import OWNER, content, key, keys, reserve, store
 from tests.storage.tiered import name_of, put_value, tiered_in
 
@@ -278,3 +279,37 @@ def test_removing_the_pinned_prefix_is_not_possible_while_a_lookup_waits(tmp_pat
         assert tiered.manager.remove(Selection(), RemovalReason.CLEAR, dry_run=False).kept_objects == 1
         tiered.fake.go()
         tiered.until(lambda: tiered.found)
+
+
+def test_a_world_too_large_to_be_asked_for_is_not_asked_for(tmp_path: Path):
+    with tiered_in(tmp_path) as tiered:
+        put_value(tiered.fake, 0)
+        assert not tiered.begin(0, world_size=MAX_ENTRIES + 1)
+
+
+def test_no_more_lookups_wait_than_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lmcache.storage.promotion.MAX_PROMOTIONS", 2)
+    with tiered_in(tmp_path) as tiered:
+        tiered.fake.stop("lengths")
+        assert [tiered.begin(0), tiered.begin(1), tiered.begin(2)] == [True, True, False]
+        assert tiered.value("skipped_lookups", "busy") == 1
+        tiered.fake.go()
+
+
+def test_a_long_prompt_is_asked_for_in_calls_of_512(tmp_path: Path):
+    with tiered_in(tmp_path) as tiered:
+        put_value(tiered.fake, 0)
+        assert tiered.look_up(*range(600)) == 1
+        assert tiered.fake.calls.count("lengths") == 2
+
+
+def test_another_servers_reservations_stay_while_its_threads_may_write(tmp_path: Path):
+    """Should a pool be adopted while a thread of the server before is still filling an extent."""
+    with tiered_in(tmp_path) as tiered:
+        put_value(tiered.fake, 0)
+        tiered.fake.stop("get")
+        assert tiered.begin(0)
+        tiered.until(lambda: tiered.fake.num_waiting)
+        [(owner, _)] = tiered.manager.l1.reservations()
+        assert is_client_alive(tiered.manager.l1.pool.client_path(owner.hex()))
+        tiered.fake.go()

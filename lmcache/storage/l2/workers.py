@@ -98,8 +98,9 @@ class Workers:
         return [thread.name for thread in self._threads if thread.is_alive()]
 
     def _run(self, index: int) -> None:
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
+        if self._niceness:
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
         # A page of its own: direct I/O wants the header aligned as the chunks are.
         page = mmap.mmap(-1, HEADER_BYTES)
         with page, memoryview(page) as header:
