@@ -447,7 +447,7 @@ class CacheService:
 
         return tiers.look_up(keys, request.world_size, slots, request.client is not None, max_seconds, done)
 
-    def _lookup(self, request: Lookup, payload: Payload | Sequence[bytes], found: Found | None = None) -> Answer:
+    def _lookup(self, request: Lookup, payload: Payload, found: Found | None = None) -> Answer:
         """`found`: what the tiers said, if they were asked; what they had is in L1 by now."""
         client = self._client(request.client) if request.client is not None else None
         keys, num_chunks = _keys(payload)
@@ -857,10 +857,8 @@ class CacheService:
         counters = self.metrics.counters()
         problems = self.problems()
         live = self._live_models()
-        lookups = (
-            self.metrics.value("lmcache_lookup_chunks", "hit"),
-            self.metrics.value("lmcache_lookup_chunks", "miss"),
-        )
+        hits, misses = (self.metrics.value("lmcache_lookup_chunks", result) for result in ("hit", "miss"))
+        promoted = self.metrics.value("lmcache_l2_promoted_chunks")
         status = {
             "schema_version": STATUS_SCHEMA_VERSION,
             "version": __version__,
@@ -877,9 +875,7 @@ class CacheService:
             "http_endpoint": self._endpoints.http,
             "l1": self._l1_status(),
             "l2": [] if self.tiers is None else self.tiers.status(),
-            "hit_rate": (lookups[0] + self.metrics.value("lmcache_l2_promoted_chunks")) / sum(lookups)
-            if sum(lookups)
-            else None,
+            "hit_rate": (hits + promoted) / (hits + misses) if hits + misses else None,
             "sessions": self.sessions.num_sessions,
             "clients": [self._client_status(client) for client in self.sessions.clients.values()],
             "models": [self._model_status(model, live) for model in self._models.values()],
