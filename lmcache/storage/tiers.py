@@ -175,7 +175,7 @@ class Tiers:
             clearing.removals[index] = TierRemoval(
                 name=writeback.tier.name,
                 objects=job.objects,
-                removed_bytes=job.used_bytes if job.objects or not job.used_bytes else None,
+                removed_bytes=job.removed_bytes,
                 done=True,
                 error="" if job.error is None else str(job.error),
             )

@@ -218,16 +218,19 @@ class DeleteJob(Job):
 
 
 class ClearJob(Job):
-    """Takes everything out; `used_bytes` is what the tier said that it held before, if it could tell."""
+    """Takes everything out; `removed_bytes` is what the tier said that it held before, if it could tell exactly."""
 
     operation = "clear"
 
     def __init__(self, done: Callable[[], None]) -> None:
         super().__init__(done)
         self.objects = 0
-        self.used_bytes: int | None = None
+        self.removed_bytes: int | None = None
 
     def _run(self, adapter: L2Adapter, header: memoryview) -> None:
+        before = Usage()
         with suppress(L2Error):
-            self.used_bytes = adapter.usage().used_bytes
+            before = adapter.usage()
         self.objects = adapter.clear()
+        if before.objects == self.objects:  # else others' values are in it, or came and went meanwhile
+            self.removed_bytes = before.used_bytes

@@ -6,6 +6,7 @@ writes have threads and a breaker each: a tier that is full or read-only still s
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -163,7 +164,8 @@ class Tier:
         if num_bytes and job.operation == "write":
             self._write_speed.add(num_bytes, job.seconds)
         for transfer in job.transfers:
-            transfer.extent.release()
+            with contextlib.suppress(BufferError):  # somebody still looks at it: the pool's mapping stays until that ends
+                transfer.extent.release()
             if transfer.outcome is Outcome.PENDING:  # the job ended before its turn
                 transfer.outcome = Outcome.FAILED
 
