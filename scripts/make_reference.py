@@ -7,6 +7,7 @@ not. Run: python scripts/make_reference.py [--check]. With --check nothing is wr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import enum
 import inspect
 import re
@@ -24,6 +25,8 @@ from lmcache.cli.main import add_commands, build_parser
 from lmcache.keys import Namespace
 from lmcache.layout import KVLayout
 from lmcache.metrics import DURATION_BUCKETS, OPS, SPECS, MetricSpec
+from lmcache.storage.l2 import spec as l2_spec
+from lmcache.storage.l2.base import Reason
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(r"(<!-- made: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -245,6 +248,32 @@ def type_text(info: Any) -> str:
     )
 
 
+# -- L2 --------------------------------------------------------------------------------------------
+
+
+def tier_settings() -> str:
+    """Return one table of settings for each kind of adapter."""
+    kinds: dict[type[Any], list[str]] = {}
+    for name, settings in l2_spec.SETTINGS.items():
+        kinds.setdefault(settings, []).append(name)
+    return "\n".join(f"### {', '.join(names)}\n\n{first_line(kind)}\n\n{setting_rows(kind)}" for kind, names in kinds.items())
+
+
+def setting_rows(kind: type[Any]) -> str:
+    """Return the settings of one kind of adapter."""
+    rows = []
+    for item in dataclasses.fields(kind):
+        place = {"": "after `?`", "scheme": "scheme"}.get(item.metadata["in_url"], item.metadata["in_url"])
+        default = "" if item.default in (dataclasses.MISSING, "") else f"`{l2_spec.shown(item.metadata, item.default)}`"
+        rows.append((f"`{item.name.replace('_', '-')}`", place, default, item.metadata["help"]))
+    return table(("Setting", "In a URL", "Default", "What it is"), rows)
+
+
+def tier_reasons() -> str:
+    """Return the reasons of failures."""
+    return ", ".join(f"`{reason.value}`" for reason in Reason) + "\n"
+
+
 # -- pages -----------------------------------------------------------------------------------------
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -257,6 +286,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "operations": operations,
     "messages": messages,
     "types": types,
+    "tier-settings": tier_settings,
+    "tier-reasons": tier_reasons,
 }
 
 

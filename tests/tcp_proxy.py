@@ -11,6 +11,7 @@ STOP_SECONDS = 60.0
 POLL_SECONDS = 0.005
 READ_BYTES = 1 << 16
 DROP_BYTES = 512
+TAIL_BYTES = 256
 IO_SECONDS = 30.0
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -31,6 +32,7 @@ class TcpProxy:
     drip: while set, it goes on in drops: 100 KB/s at most.
     cut_up, cut_down: reset the connection once so many bytes of it went to the server, to the client.
     flip_down: change a bit of this byte (counted from the connection's start) on its way to the client.
+    up_tail: the last bytes that a client said.
     turns: how often a client spoke after the server had: its round trips.
     """
 
@@ -44,6 +46,7 @@ class TcpProxy:
         self.cut_down: int | None = None
         self.flip_down: int | None = None
         self.turns = 0
+        self.up_tail = b""
         self._speaker: socket.socket | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
@@ -110,6 +113,7 @@ class TcpProxy:
         (pipe.server if is_up else pipe.client).sendall(data)
         if is_up:
             pipe.up += len(data)
+            self.up_tail = (self.up_tail + bytes(data))[-TAIL_BYTES:]
         else:
             pipe.down += len(data)
         if is_cut:

@@ -189,14 +189,17 @@ class RedisAdapter(L2Adapter):
         return (self._settings.prefix + key).encode()
 
     def _pipelined(self, names: Sequence[bytes], command: Callable[[Any, bytes], object]) -> list[int]:
-        """Return the numbers that one command for each name answers."""
+        """Return the numbers that one command for each name answers; 0 where something is that is no string."""
         if not names:
             return []
         pipeline = self._connected().pipeline(transaction=False)
         for name in names:
             command(pipeline, name)
-        answers: list[int] = pipeline.execute()
-        return answers
+        answers = pipeline.execute(raise_on_error=False)
+        for answer in answers:
+            if isinstance(answer, Exception) and "WRONGTYPE" not in str(answer):
+                raise answer
+        return [0 if isinstance(answer, Exception) else int(answer) for answer in answers]
 
     def _delete(self, names: Sequence[bytes]) -> int:
         return sum(self._pipelined(names, lambda pipeline, name: pipeline.unlink(name)))

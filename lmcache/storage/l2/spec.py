@@ -169,7 +169,7 @@ class AdapterSpec:
     @property
     def redacted(self) -> str:
         """What may be logged and shown: a URL whose secrets are `***`."""
-        values = {item.name: _shown(item.metadata, getattr(self.settings, item.name)) for item in fields(self.settings)}
+        values = {item.name: shown(item.metadata, getattr(self.settings, item.name)) for item in fields(self.settings)}
         query = {
             item.name.replace("_", "-"): values[item.name]
             for item in fields(self.settings)
@@ -189,7 +189,8 @@ class AdapterSpec:
         return f"{self.name}://{self.settings.bucket}/{quote(self.settings.prefix)}"
 
 
-def _shown(metadata: Mapping[str, Any], value: Any) -> str:
+def shown(metadata: Mapping[str, Any], value: Any) -> str:
+    """Return a setting as text, and `***` for a secret."""
     if metadata["is_secret"]:
         return HIDDEN
     return str(int(value)) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What each adapter makes of a back end that is away, slow, full, read-only, forbidden or damaged: the table in docs/l2.md.
+"""What each adapter makes of a back end that is away, slow, full, forbidden or damaged: the table in docs/l2-adapters.md.
 
 Each fault ends with an error that names its reason, or with a miss; never with a wrong or partial value, and never later than
 the adapter's own timeouts allow. Afterwards the same adapter works again as soon as the back end does.
@@ -8,6 +8,7 @@ import contextlib
 import http.server
 import os
 import shutil
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import redis
 from lmcache.storage.l2.base import L2Error
 from lmcache.storage.l2.value import HEADER_BYTES, ValueHeader, check_value, unpack_header, value_checksum
 from tests.fakes import seconds
-from tests.l2_servers import ACCESS, BUCKET, redis_server, s3_server
+from tests.l2_servers import ACCESS, BUCKET, redis_cluster, redis_server, s3_server
 from tests.server_process import free_port
 from tests.storage.l2.test_contract import content, empty_parts, fetch, parts_of
 from tests.tcp_proxy import TcpProxy
@@ -232,7 +233,7 @@ def test_redis_holds_something_else_under_the_name(make, redis_port):
         put_chunk(adapter, "flipped")
         admin.setrange("foreign:flipped", HEADER_BYTES + 1000, b"flip")
     assert reason(lambda: fetch_chunk(adapter, "list")) == "corrupt"
-    assert reason(lambda: adapter.lengths(["list"])) == "corrupt"
+    assert adapter.lengths(["list", "short"]) == [None, 100]  # a put replaces it
     assert reason(lambda: fetch_chunk(adapter, "short")) == "corrupt"
     assert reason(lambda: fetch_chunk(adapter, "flipped")) == "corrupt"
     assert adapter.delete(["list", "short", "flipped"]) == 3
@@ -263,6 +264,29 @@ def test_a_cluster_that_moves_a_slot_is_followed(make, redis_cluster_ports):
         assert fetch_chunk(adapter, "before") == chunk  # MOVED
         assert adapter.lengths(["before"]) == [HEADER_BYTES + MIB]
         assert adapter.clear() == 1
+
+
+def test_a_cluster_that_stands_still_is_late_and_then_used_again(make, tmp_path):
+    with redis_cluster(tmp_path, num_nodes=1) as [port]:
+        with contextlib.closing(redis.Redis(port=port, protocol=2)) as admin:
+            process_id = admin.info("server")["process_id"]
+        adapter, fresh = (make(f"redis+cluster://127.0.0.1:{port}?{QUICK}") for _ in range(2))
+        chunk = put_chunk(adapter, "kept")  # what was sent to the others may be done late
+        os.kill(process_id, signal.SIGSTOP)
+        try:
+            for one in (adapter, fresh):
+                assert {reason(call) for call in every_call(one).values()} <= {"timeout", "unreachable"}
+        finally:
+            os.kill(process_id, signal.SIGCONT)
+        assert fetch_chunk(adapter, "kept") == fetch_chunk(fresh, "kept") == chunk
+
+
+def test_a_certificate_that_nobody_trusts_is_unreachable_and_says_why(make, redis_tls):
+    port, _ = redis_tls
+    adapter = make(f"rediss://localhost:{port}?{QUICK}")
+    with pytest.raises(L2Error, match="certificate verify failed") as caught:
+        adapter.ping()
+    assert caught.value.code == "unreachable"
 
 
 # -- object stores ---------------------------------------------------------------------------------

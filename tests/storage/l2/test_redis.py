@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import redis
 
-from tests.l2_servers import redis_server
+from tests.l2_servers import redis_server, wait_for
 from tests.storage.l2.test_contract import fetch
 from tests.tcp_proxy import TcpProxy
 
@@ -13,12 +13,18 @@ DEADLINE_SECONDS = 120.0
 
 
 def test_lengths_of_512_keys_take_one_round_trip(make, redis_port):
-    with TcpProxy(redis_port) as proxy:
-        adapter = make(f"redis://127.0.0.1:{proxy.port}?prefix=trips:&timeout-seconds=60")
-        adapter.put("key-7", [memoryview(b"value")])
-        before = proxy.turns
-        assert adapter.lengths([f"key-{number}" for number in range(512)]).count(5) == 1
-        assert proxy.turns == before + 1
+    """All of them are asked before anything was answered."""
+    keys = [f"key-{number:03}" for number in range(512)]
+    with TcpProxy(redis_port) as proxy, ThreadPoolExecutor(1) as threads:
+        adapter = make(f"redis://127.0.0.1:{proxy.port}?prefix=trips:&timeout-seconds=120")
+        adapter.put("key-007", [memoryview(b"value")])
+        proxy.hold.set()
+        asked = threads.submit(adapter.lengths, keys)
+        try:
+            wait_for(lambda: b"key-511" in proxy.up_tail, "the last question")
+        finally:
+            proxy.forget()
+        assert asked.result(DEADLINE_SECONDS) == [5 if key == "key-007" else None for key in keys]
 
 
 def test_a_value_takes_one_round_trip_each_way(make, redis_port):
