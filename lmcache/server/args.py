@@ -177,7 +177,7 @@ class StorageManagerSettings:
     l2_adapter: tuple[AdapterSpec, ...] = _setting(
         (),
         _adapters,
-        "a tier below L1, as a URL or a JSON object; repeat it for more, the first is asked first (docs/l2.md)",
+        "a tier below L1, as a URL or a JSON object; repeat it for more, the first is asked first (docs/l2-adapters.md)",
         "URL",
         is_repeatable=True,
     )
