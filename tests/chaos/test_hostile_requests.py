@@ -94,7 +94,7 @@ def test_clears_that_wait_for_a_pin_are_limited_and_keep_nobody_waiting(server, 
         waiting = [other.mq.submit(request, may_wait=True) for _ in range(MAX_PENDING_CLEARS)]
         time.sleep(0.1)
         assert server.status()["healthy"]
-        with pytest.raises(RemoteError, match="wait for pins already"):
+        with pytest.raises(RemoteError, match="clears are under way already"):
             other.mq.call(request)
         assert {future.result().kept_objects for future in waiting} == {1}
 
