@@ -133,7 +133,7 @@ class MPServerSettings:
 
 @dataclass(frozen=True)
 class StorageManagerSettings:
-    """L1 and eviction."""
+    """L1, eviction and the tiers below."""
 
     l1_size_gb: float = _setting(
         0.0,
@@ -313,7 +313,7 @@ def add_mp_server_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_storage_manager_args(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of L1 and eviction."""
+    """Add the flags of L1, eviction and the tiers below."""
     _add_group(parser, "storage", StorageManagerSettings)
 
 

@@ -202,7 +202,7 @@ def test_eviction_on_demand_waits_for_no_write(tmp_path: Path):
 def test_a_tier_that_is_down_does_not_stop_eviction(tmp_path: Path):
     with tiered_in(tmp_path, num_pages=100, watermark=0.9, ratio=0.1, write_on_evict=True) as tiered:
         for _ in range(MAX_FAILURES):
-            tiered.tier.writes.failed("down")
+            tiered.tier.writes.failed()
         tiered.fake.errors["ping"] = Reason.UNREACHABLE
         for number in range(95):
             tiered.store(number)
@@ -242,7 +242,7 @@ def test_a_thread_that_is_stuck_is_a_problem_and_a_tier_that_is_down_is_none(tmp
     """LIV-3."""
     with tiered_in(tmp_path) as tiered:
         for _ in range(MAX_FAILURES):
-            tiered.tier.reads.failed("down")
+            tiered.tier.reads.failed()
         assert tiered.tiers.problems() == []
         tiered.fake.stop("put")
         tiered.store(0)

@@ -30,7 +30,6 @@ class Breaker:
 
     def __init__(self) -> None:
         self.state = BreakerState.CLOSED
-        self.reason = ""
         self._failures = 0
         self._backoff_seconds = MIN_BACKOFF_SECONDS
         self._probe_at = 0.0
@@ -46,12 +45,11 @@ class Breaker:
             self._failures = 0
             self._backoff_seconds = MIN_BACKOFF_SECONDS
 
-    def failed(self, reason: str) -> bool:
+    def failed(self) -> bool:
         """Note a failure; True when it opened the breaker. What was under way when it opened changes nothing."""
         if not self.is_closed:
             return False
         self._failures += 1
-        self.reason = reason
         if self._failures < MAX_FAILURES:
             return False
         self._open()
@@ -64,14 +62,13 @@ class Breaker:
         self.state = BreakerState.PROBING
         return True
 
-    def probed(self, error: str) -> None:
-        """Note the outcome of the probe; "" is a success."""
-        if error:
-            self.reason = error
-            self._open()
-        else:
+    def probed(self, is_good: bool) -> None:
+        """Note the outcome of the probe."""
+        if is_good:
             self.state = BreakerState.CLOSED
             self._failures = MAX_FAILURES - 1
+        else:
+            self._open()
 
     def _open(self) -> None:
         self.state = BreakerState.OPEN

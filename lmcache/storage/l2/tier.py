@@ -125,7 +125,7 @@ class Tier:
         reason = code if code in L2_FAILURE_REASONS else "other"
         self._metrics.count("lmcache_l2_failures", self.name, operation, reason)
         self._last_error = message
-        if breaker is not None and breaker.failed(message):
+        if breaker is not None and breaker.failed():
             logger.warning(
                 "L2 %s: no more %ss for now, after failures in a row: %s; it is tried again by itself",
                 self.name,
@@ -188,7 +188,7 @@ class Tier:
 
     def _probe(self, breaker: Breaker) -> None:
         def probed() -> None:
-            breaker.probed("" if job.error is None else str(job.error))
+            breaker.probed(job.error is None)
             if breaker.is_closed:
                 logger.info("L2 %s answers again: %ss go on", self.name, "write" if breaker is self.writes else "read")
 
