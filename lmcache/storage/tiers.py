@@ -84,7 +84,7 @@ class Tiers:
             # Begins one pass below where eviction stops, and stays one pass ahead of it.
             high, low = storage.watermarks
             self._ahead = WriteAhead(self._writebacks, storage.l1, 2 * low - high, high - low)
-            storage.may_go = self._may_go
+            storage.may_go = self._ahead.is_written
         else:
             self._offer(storage.l1.slots())
         storage.on_slot_removed = self._forget
@@ -115,10 +115,6 @@ class Tiers:
         if self._ahead is not None and not self._ahead.forget(slot):
             for tier in self._tiers:
                 tier.count("dropped_chunks", label)
-
-    def _may_go(self, slot: int) -> bool:
-        assert self._ahead is not None
-        return self._ahead.is_written(slot) or not any(tier.writes.is_closed for tier in self._tiers)
 
     # -- up -----------------------------------------------------------------------------------------------------------
 

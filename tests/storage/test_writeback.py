@@ -210,6 +210,23 @@ def test_a_tier_that_is_down_does_not_stop_eviction(tmp_path: Path):
         assert len(tiered.manager.l1) == 80
 
 
+def test_one_tier_that_is_down_holds_up_no_eviction_of_what_the_other_has(tmp_path: Path):
+    with tiered_in(tmp_path, num_pages=100, num_tiers=2, watermark=0.9, ratio=0.1, write_on_evict=True) as tiered:
+        for _ in range(MAX_FAILURES):
+            tiered.tier.writes.failed()
+        tiered.fake.errors["ping"] = Reason.READ_ONLY
+        for number in range(95):
+            tiered.store(number)
+
+        def is_low() -> bool:
+            tiered.manager.run_pass()
+            return len(tiered.manager.l1) <= 90
+
+        tiered.until(is_low)
+        assert tiered.value("dropped_chunks", "failed", tier="fake-2") == 0
+        tiered.fake.errors.clear()
+
+
 # -- the end ----------------------------------------------------------------------------------------------------------
 
 

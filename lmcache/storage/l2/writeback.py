@@ -191,8 +191,9 @@ class WriteAhead:
             writeback.offer(chosen)
 
     def is_written(self, slot: int) -> bool:
-        """Whether evicting the chunk loses nothing that could still be written."""
-        return slot in self._offered and not any(writeback.holds(slot) for writeback in self._writebacks)
+        """Whether evicting the chunk loses nothing that would soon be written."""
+        working = [writeback for writeback in self._writebacks if writeback.tier.writes.is_closed]
+        return not working or (slot in self._offered and not any(writeback.holds(slot) for writeback in working))
 
     def offer_next(self) -> None:
         """Offer those that are next in line."""
