@@ -4,14 +4,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test test-engine test-rest check fuzz chaos setup setup-vllm clean
+.PHONY: demo test test-engine test-rest check fuzz chaos setup setup-l2 setup-vllm clean
 
 demo: .venv/.stamp-demo
 	@$(MAKE) --no-print-directory setup-vllm || echo "vLLM for the CPU cannot be installed here: the demo goes on without it"
 	$(PY) scripts/demo.py
 
 # The tests with a real engine use one core most of the time, the others wait a lot: both at once take as long as the longer.
-test: check setup-vllm
+test: check setup-l2 setup-vllm
 	@$(PY) -m compileall -q lmcache tests  # the tests start hundreds of commands, often where nothing else writes bytecode
 	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync=target test-engine test-rest
 
@@ -33,6 +33,10 @@ chaos: setup-vllm
 	$(PY) -m pytest -q -s tests/chaos_vllm --chaos-seconds 600
 
 setup: .venv/.stamp-dev
+
+# Looks each time: what it installs is outside .venv.
+setup-l2: setup
+	@$(PY) scripts/setup_l2_servers.py
 
 setup-vllm: .venv/.stamp-vllm
 

@@ -272,7 +272,9 @@ class Report(Request[Reply], tag="REPORT"):
 class LookupReply(Reply):
     """The prefix hit in chunks: in all tiers, and those of them in L1 now.
 
-    `placements`: where the latter lie, chunk by chunk, in each chunk rank by rank; or none at all.
+    `placements`: where those in L1 lie, chunk by chunk, in each chunk rank by rank; or none at all.
+    With a client `hit_chunks` is `l1_chunks`, and `l2_chunks` of them were loaded into L1 for this lookup. Without one nothing
+    is loaded: `l2_chunks` are in L2 only, and `tiers` has how many of the hit each tier of L2 holds.
     """
 
     status: HitStatus = HitStatus.MISS
@@ -280,12 +282,14 @@ class LookupReply(Reply):
     l1_chunks: int = 0
     l2_chunks: int = 0
     placements: list[Placement] = []
+    tiers: dict[str, int] = {}
 
 
 class Lookup(Request[LookupReply], tag="LOOKUP"):
     """How many leading chunks (payload: keys) are present for all ranks? With `client` they stay pinned for `request_id`.
 
     `places`: a client that has mapped the pool wants to know where they lie. It is told of MAX_PLACES at most.
+    `timeout_seconds`: how long the sender waits; the server answers before, with what it has loaded from L2 until then.
     """
 
     reply_type = LookupReply
@@ -293,6 +297,7 @@ class Lookup(Request[LookupReply], tag="LOOKUP"):
     request_id: Name = ""
     world_size: WorldSize = 1
     places: bool = False
+    timeout_seconds: Seconds | None = None
 
 
 class PinsReply(Reply):
@@ -427,27 +432,50 @@ class Status(Request[StatusReply], tag="STATUS"):
     reply_type = StatusReply
 
 
+class TierRemoval(Struct, frozen=True, kw_only=True):
+    """What one tier of L2 removed; bytes only where it can tell. Until `done`, or when it failed, `error` says why."""
+
+    name: str
+    objects: int = 0
+    removed_bytes: int | None = None
+    done: bool = False
+    error: str = ""
+
+
 class RemovalReply(Reply):
-    """What a CLEAR or EVICT removed (with `dry_run`: would remove) and what it kept because it is pinned."""
+    """What a CLEAR or EVICT removed from L1 (with `dry_run`: would remove) and what it kept because it is pinned.
+
+    `tiers`: what a CLEAR of L2 removed, one entry for each tier.
+    """
 
     objects: int = 0
     removed_bytes: int = 0
     kept_objects: int = 0
     kept_bytes: int = 0
     seconds: float = 0.0
+    tiers: list[TierRemoval] = []
+
+
+class ClearTier(str, enum.Enum):
+    """What a CLEAR is about."""
+
+    L1 = "l1"
+    L2 = "l2"
+    ALL = "all"
 
 
 class Clear(Request[RemovalReply], tag="CLEAR"):
-    """Removes everything that is not pinned; `force` waits for pins until `timeout_seconds`."""
+    """Removes everything that is not pinned; `force` waits for pins, a clear of L2 for its tiers, until `timeout_seconds`."""
 
     reply_type = RemovalReply
     dry_run: bool = False
     force: bool = False
     timeout_seconds: Seconds = 4.0
+    tier: ClearTier = ClearTier.ALL
 
 
 class Evict(Request[RemovalReply], tag="EVICT"):
-    """Removes in policy order what *all* given conditions select; with keys as payload, only those."""
+    """Removes from L1, in policy order, what *all* given conditions select; with keys as payload only those, also from L2."""
 
     reply_type = RemovalReply
     dry_run: bool = False

@@ -7,6 +7,8 @@ not. Run: python scripts/make_reference.py [--check]. With --check nothing is wr
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import enum
 import inspect
 import re
 import sys
@@ -23,6 +25,8 @@ from lmcache.cli.main import add_commands, build_parser
 from lmcache.keys import Namespace
 from lmcache.layout import KVLayout
 from lmcache.metrics import DURATION_BUCKETS, OPS, SPECS, MetricSpec
+from lmcache.storage.l2 import spec as l2_spec
+from lmcache.storage.l2.base import Reason
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(r"(<!-- made: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -169,15 +173,18 @@ def metrics() -> str:
 
 
 def labels(spec: MetricSpec) -> str:
-    """Return a metric's labels with their values; those of `op` are listed below the table."""
-    shown = [f"`{name}`" + ("" if values == OPS else ": " + ", ".join(values)) for name, values in spec.labels.items()]
+    """Return a metric's labels with their values; those of `op` and `tier` are told below the table."""
+    shown = [f"`{name}`" + ("" if values in (OPS, ()) else ": " + ", ".join(values)) for name, values in spec.labels.items()]
     return "; ".join(shown)
 
 
 def operations() -> str:
     """Return the values of the label `op`, and the buckets of the histograms."""
     buckets = ", ".join(f"{bucket:g}" for bucket in DURATION_BUCKETS)
-    return f"`op` is one of {', '.join(OPS)}. The buckets of durations end at {buckets} seconds.\n"
+    return (
+        f"`op` is one of {', '.join(OPS)}. `tier` is a tier's name, as `describe kvcache` shows it: its adapter's, with a"
+        f" number where there are several (`fs`, `redis`, `fs-2`). The buckets of durations end at {buckets} seconds.\n"
+    )
 
 
 # -- messages --------------------------------------------------------------------------------------
@@ -196,9 +203,9 @@ def messages() -> str:
 def types() -> str:
     """Return one row for each type that the fields of messages have."""
     rows = []
-    for kind in (Namespace, KVLayout, protocol.Placement, protocol.ErrorInfo):
+    for kind in (Namespace, KVLayout, protocol.Placement, protocol.TierRemoval, protocol.ErrorInfo):
         rows.append((f"`{kind.__name__}`", first_line(kind), field_list(kind)))
-    for values in (protocol.StoreOutcome, protocol.HitStatus, protocol.Feature):
+    for values in (protocol.StoreOutcome, protocol.HitStatus, protocol.ClearTier, protocol.Feature):
         rows.append(
             (f"`{values.__name__}`", first_line(values), "<br>".join(f"`{item.value}`: {item.name}" for item in values))
         )
@@ -220,6 +227,7 @@ def field_list(message: type[Any], parent: type[Any] | None = None, with_default
 def field_text(field: Any, with_default: bool) -> str:
     """Return `name: type = default`; None is left out, since the type says it."""
     default = field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default
+    default = default.value if isinstance(default, enum.Enum) else default
     has_none = default is None or default is msgspec.NODEFAULT
     shown = f" = {default!r}" if with_default and not has_none else ""
     return f"`{field.name}: {type_text(msgspec_types.type_info(field.type))}{shown}`"
@@ -240,6 +248,32 @@ def type_text(info: Any) -> str:
     )
 
 
+# -- L2 --------------------------------------------------------------------------------------------
+
+
+def tier_settings() -> str:
+    """Return one table of settings for each kind of adapter."""
+    kinds: dict[type[Any], list[str]] = {}
+    for name, settings in l2_spec.SETTINGS.items():
+        kinds.setdefault(settings, []).append(name)
+    return "\n".join(f"### {', '.join(names)}\n\n{first_line(kind)}\n\n{setting_rows(kind)}" for kind, names in kinds.items())
+
+
+def setting_rows(kind: type[Any]) -> str:
+    """Return the settings of one kind of adapter."""
+    rows = []
+    for item in dataclasses.fields(kind):
+        place = {"": "after `?`", "scheme": "scheme"}.get(item.metadata["in_url"], item.metadata["in_url"])
+        default = "" if item.default in (dataclasses.MISSING, "") else f"`{l2_spec.shown(item.metadata, item.default)}`"
+        rows.append((f"`{item.name.replace('_', '-')}`", place, default, item.metadata["help"]))
+    return table(("Setting", "In a URL", "Default", "What it is"), rows)
+
+
+def tier_reasons() -> str:
+    """Return the reasons of failures."""
+    return ", ".join(f"`{reason.value}`" for reason in Reason) + "\n"
+
+
 # -- pages -----------------------------------------------------------------------------------------
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -252,6 +286,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "operations": operations,
     "messages": messages,
     "types": types,
+    "tier-settings": tier_settings,
+    "tier-reasons": tier_reasons,
 }
 
 

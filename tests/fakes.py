@@ -1,14 +1,18 @@
-"""Peers that behave as no good server does: late, silent, or with made-up answers. All in threads of this process."""
+"""Peers that behave as no good one does: servers that are late, silent or make answers up, and a tier that fails as told.
+
+All in threads of this process.
+"""
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import msgspec
 import zmq
 
 from lmcache.protocol import Reply, encode
+from lmcache.storage.l2.base import L2Adapter, L2Error, Parts, Reason, Usage, check_length
 
 STOP_SECONDS = 60.0
 # How long a call may take that must succeed, on a machine with much else to do.
@@ -123,3 +127,85 @@ def seconds(action: Callable[[], object]) -> float:
     started = time.monotonic()
     action()
     return time.monotonic() - started
+
+
+class FakeTier(L2Adapter):
+    """An L2 back end in a dictionary that fails, lags, hangs or corrupts when told to.
+
+    `hold`: while it is clear, calls named in `held` wait, at most STOP_SECONDS. `errors`: the reason with which a call fails.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.errors: dict[str, Reason] = {}
+        self.held: set[str] = set()
+        self.hold = threading.Event()
+        self.hold.set()
+        self.calls: list[str] = []
+        self.num_waiting = 0
+        self.is_closed = False
+        self._mutex = threading.Lock()
+
+    def stop(self, *names: str) -> None:
+        """From now on these calls wait until `go`."""
+        self.held = set(names)
+        self.hold.clear()
+
+    def go(self) -> None:
+        """Let them go on."""
+        self.hold.set()
+
+    def _enter(self, name: str) -> None:
+        with self._mutex:
+            self.calls.append(name)
+            self.num_waiting += name in self.held and not self.hold.is_set()
+        if name in self.held:
+            assert self.hold.wait(STOP_SECONDS)
+        if name in self.errors:
+            raise L2Error(f"fake {name} failed", code=self.errors[name])
+
+    def put(self, key: str, parts: Parts) -> None:
+        self._enter("put")
+        self.values[key] = b"".join(parts)
+
+    def get(self, key: str, parts: Parts) -> bool:
+        self._enter("get")
+        value = self.values.get(key)
+        if value is None:
+            return False
+        check_length(key, len(value), sum(part.nbytes for part in parts))
+        at = 0
+        for part in parts:
+            part[:] = value[at : at + part.nbytes]
+            at += part.nbytes
+        return True
+
+    def lengths(self, keys: Sequence[str]) -> list[int | None]:
+        self._enter("lengths")
+        return [len(self.values[key]) if key in self.values else None for key in keys]
+
+    def delete(self, keys: Sequence[str]) -> int:
+        self._enter("delete")
+        return sum(self.values.pop(key, None) is not None for key in keys)
+
+    def clear(self) -> int:
+        self._enter("clear")
+        count = len(self.values)
+        self.values.clear()
+        return count
+
+    def usage(self) -> Usage:
+        self._enter("usage")
+        return Usage(used_bytes=sum(map(len, self.values.values())), objects=len(self.values))
+
+    def ping(self) -> None:
+        self._enter("ping")
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def flip(self, key: str, at: int = -1) -> None:
+        """Change one bit of a value."""
+        value = bytearray(self.values[key])
+        value[at] ^= 1
+        self.values[key] = bytes(value)

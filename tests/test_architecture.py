@@ -43,12 +43,23 @@ HOMES = {
     "transformers": ("cli/",),
     "httpx": ("cli/",),
     "h11": ("cli/",),
+    "redis": ("storage/l2/redis.py",),
+    "obstore": ("storage/l2/s3.py",),
     "psutil": (),
     "requests": (),
 }
-HEAVY = {"torch", "triton", "vllm", "transformers", "fastapi", "uvicorn", "prometheus_client", "numpy"}
+HEAVY = {"torch", "triton", "vllm", "transformers", "fastapi", "uvicorn", "prometheus_client", "numpy", "redis", "obstore"}
 # Whole modules that are themselves imported only where their library is wanted.
-LOADED_ON_USE = ("server/http_routes.py", "transfer/", "integration/", "cli/commands/bench/")
+LOADED_ON_USE = (
+    "server/http_routes.py",
+    "transfer/",
+    "integration/",
+    "cli/commands/bench/",
+    "storage/l2/redis.py",
+    "storage/l2/s3.py",
+)
+# Loaded by name, when a setting asks for it; what it needs comes with an extra.
+OPTIONAL_MODULES = {"storage/l2/redis.py", "storage/l2/s3.py"}
 
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "imp", "code", "pty"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
@@ -66,6 +77,9 @@ WAITS = {"result", "wait", "join", "recv", "acquire", "get", "communicate"}
 BROAD_EXCEPTS = {
     ("server/service.py", "handle"),  # a handler's bug costs its request an error
     ("server/service.py", "tick"),  # the loop lives on, and health tells
+    ("server/service.py", "collect"),  # the same
+    ("storage/l2/workers.py", "_run_job"),  # an adapter's bug, or its library's, costs one job
+    ("metrics.py", "_export"),  # what fails in the exporter fails no request
     ("client/kvcache.py", "_call_once"),  # gives the attachment back and raises again
     ("cli/main.py", "_guarded"),  # a bug is one message and an exit code
     ("cli/prompts.py", "load_tokenizer"),  # the tokenizers library raises bare Exception
@@ -88,6 +102,7 @@ UNTIMED = {
     ("server/zmq_frontend.py", "_receive_rest", "recv"),  # the same
     ("server/zmq_frontend.py", "_receive", "recv"),  # the same
     ("server/zmq_frontend.py", "_next_peer", "recv"),  # RCVTIMEO is set
+    ("storage/l2/workers.py", "_run", "get"),  # until `close` puts None
     ("cli/base.py", "ask", "result"),  # by the request's deadline
     ("cli/commands/describe/watch.py", "describe", "result"),  # Sample.result: a report, no wait
     ("cli/commands/describe/watch.py", "_show", "result"),  # the same
@@ -202,6 +217,11 @@ def test_nothing_received_can_be_unpickled_or_run(module: str):
             assert not (keyword.arg == "shell" and getattr(keyword.value, "value", True)), f"{where}: a shell"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_an_optional_one(module: str):
+    assert not OPTIONAL_MODULES & {our_file(imported) for imported in imports_of(module)}
+
+
 def is_broad(handler: ast.ExceptHandler) -> bool:
     if handler.type is None:
         return True
@@ -259,7 +279,7 @@ def test_the_core_and_the_server_need_no_optional_library():
     """They are installed with nothing but the dependencies in pyproject.toml."""
     declared = {"fastapi", "httpx", "msgspec", "prometheus_client", "zmq", "uvicorn", "xxhash", "h11"}
     for module in MODULES:
-        if part_of(module) in ("core", "client", "storage", "server"):
+        if part_of(module) in ("core", "client", "storage", "server") and module not in OPTIONAL_MODULES:
             for imported in imports_of(module):
                 top = imported.module.split(".")[0]
                 assert top in sys.stdlib_module_names | declared | {"lmcache", "__future__"}, f"{module}:{imported.line}: {top}"

@@ -4,8 +4,9 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lmcache.metrics import SPECS, Kind, Metrics, label_combinations
+from lmcache.metrics import L2_FAILURE_REASONS, SPECS, TIER, Kind, Metrics, label_combinations
 from lmcache.protocol import REQUESTS
+from lmcache.storage.l2.base import Reason
 
 UNITS = ("_bytes", "_seconds", "_chunks", "_tokens", "_ratio")
 
@@ -20,11 +21,11 @@ def series_of(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]],
     return found
 
 
-def expected_series() -> set[tuple[str, tuple[tuple[str, str], ...]]]:
+def expected_series(tiers: tuple[str, ...] = ()) -> set[tuple[str, tuple[tuple[str, str], ...]]]:
     expected = set()
     for spec in SPECS:
         names = [f"{spec.name}_{part}" for part in ("count", "sum")] if spec.kind is Kind.HISTOGRAM else [spec.exported_name]
-        for values in label_combinations(spec):
+        for values in label_combinations(spec, tiers):
             labels = tuple(sorted(zip(spec.labels, values, strict=True)))
             expected |= {(name, labels) for name in names}
     return expected
@@ -35,6 +36,28 @@ def test_all_series_exist_at_zero_from_the_start():
     series = series_of(Metrics())
     assert set(series) == expected_series()
     assert set(series.values()) == {0.0}
+
+
+def test_each_tier_has_its_series_from_the_start():
+    series = series_of(Metrics(["fs", "redis"]))
+    assert set(series) == expected_series(("fs", "redis"))
+    assert set(series.values()) == {0.0}
+
+
+def test_every_reason_of_a_tiers_failure_is_a_label():
+    assert set(L2_FAILURE_REASONS) == {reason.value for reason in Reason} | {"deadline"}
+
+
+def test_a_failing_exporter_is_counted_and_raises_nothing(monkeypatch: pytest.MonkeyPatch):
+    metrics = Metrics()
+    for series in metrics._series.values():
+        for method in ("inc", "set", "observe"):
+            monkeypatch.setattr(series, method, lambda value: 1 / 0, raising=False)
+    metrics.count("lmcache_dead_clients")
+    metrics.set("lmcache_healthy", 1)
+    metrics.observe("lmcache_request_duration_seconds", "NOOP", value=0.1)
+    assert metrics.num_failures == 3
+    assert metrics.value("lmcache_dead_clients") == 1
 
 
 def test_names_are_unique_and_carry_the_prefix_and_a_help():
@@ -55,16 +78,17 @@ def test_every_operation_has_its_series():
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.kind is Kind.COUNTER], ids=lambda spec: spec.name)
 def test_counting_one_series_counts_that_one_alone(spec):
-    metrics = Metrics()
-    for by, values in enumerate(label_combinations(spec), 1):
+    metrics = Metrics(["a", "b"])
+    combinations = label_combinations(spec, ["a", "b"])
+    for by, values in enumerate(combinations, 1):
         metrics.count(spec.name, *values, by=by)
         metrics.count(spec.name, *values, by=0)
     counted = {key: value for key, value in series_of(metrics).items() if value}
     assert counted == {
         (spec.exported_name, tuple(sorted(zip(spec.labels, values, strict=True)))): float(by)
-        for by, values in enumerate(label_combinations(spec), 1)
+        for by, values in enumerate(combinations, 1)
     }
-    for by, values in enumerate(label_combinations(spec), 1):
+    for by, values in enumerate(combinations, 1):
         assert metrics.value(spec.name, *values) == by
 
 
@@ -93,7 +117,11 @@ def test_the_counters_of_the_status_view_are_those_of_metrics():
     metrics.count("lmcache_lookup_chunks", "hit", by=3)
     metrics.count("lmcache_stored_bytes", by=10)
     counters = metrics.counters()
-    plain = {spec.name.removeprefix("lmcache_") for spec in SPECS if spec.kind is Kind.COUNTER and len(spec.labels) < 2}
+    plain = {
+        spec.name.removeprefix("lmcache_")
+        for spec in SPECS
+        if spec.kind is Kind.COUNTER and len(spec.labels) < 2 and TIER not in spec.labels
+    }
     assert set(counters) == plain
     assert counters["lookup_chunks"] == {"hit": 3, "miss": 0}
     assert counters["stored_bytes"] == 10

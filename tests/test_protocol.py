@@ -66,7 +66,7 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "HELLO": {"pid": 7, "features": 5, "software": "lmcache 9"},
     "REGISTER_KV_CACHE": {"rank": 3, "world_size": 4, "processes": ["p", "q"]},
     "REPORT": {"failed_blocks": {"stale": 3}, "failed_lookups": {"deadline": 1}, "decode_chunks": 2, "loaded_chunks": 1},
-    "LOOKUP": {"client": CLIENT, "request_id": "r", "world_size": 4, "places": True},
+    "LOOKUP": {"client": CLIENT, "request_id": "r", "world_size": 4, "places": True, "timeout_seconds": 1.5},
     "FREE_LOOKUP_LOCKS": {"start": 1, "end": 2},
     "END_SESSION": {"client": CLIENT},
     "STORE": {"namespace_id": 2**64 - 1, "rank": 3, "parent": bytes(32)},
@@ -74,7 +74,7 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "RELEASE": {"request_id": "r"},
     "PUT": {"namespace_id": 1, "rank": 3, "parent": bytes(32), "checksums": [1, 2**64 - 1]},
     "GET": {"rank": 3},
-    "CLEAR": {"dry_run": True, "force": True, "timeout_seconds": 1.5},
+    "CLEAR": {"dry_run": True, "force": True, "timeout_seconds": 1.5, "tier": "l2"},
     "EVICT": {"dry_run": True, "num_bytes": 1, "ratio": 0.5, "model": "m", "older_than_seconds": 2.0},
 }
 # By field: values that have its type and are out of its range.
@@ -115,6 +115,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     ],
     "checksums": [[-1], ["1"], [0] * (MAX_CHUNKS + 1)],
     "timeout_seconds": [-1.0, 86401.0, float("nan"), float("inf")],
+    "tier": ["", "l3", "L1"],
     "num_bytes": [-1, 2**63],
     "ratio": [-0.1, 1.1, float("nan"), float("inf")],
     "model": ["x" * 513],
@@ -128,7 +129,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "processes": [["x" * 513], ["p"] * 5, [1]],
 }
 WRONG_TYPES = [1.5, "text", b"\xff", True, [1], {"a": 1}, None]
-NULL_ALLOWED = {("NOOP", "client"), ("LOOKUP", "client"), ("END_SESSION", "client")} | {
+NULL_ALLOWED = {("NOOP", "client"), ("LOOKUP", "client"), ("LOOKUP", "timeout_seconds"), ("END_SESSION", "client")} | {
     ("EVICT", field) for field in ("num_bytes", "ratio", "model", "older_than_seconds")
 }
 

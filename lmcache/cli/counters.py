@@ -145,6 +145,7 @@ class CacheCounters(msgspec.Struct):
     stored_bytes: int
     retrieved_bytes: int
     retrieved_tokens: int
+    l2_promoted_chunks: int = 0
 
 
 class ClientKind(msgspec.Struct):
@@ -180,6 +181,7 @@ class CacheUse:
     retrieved_tokens: int
     has_l2: bool
     num_engines: int
+    promoted_chunks: int = 0
 
 
 class CacheReader:
@@ -232,4 +234,5 @@ def cache_use(before: CacheStatus | Unknown, after: CacheStatus | Unknown) -> Ca
         retrieved_tokens=now.retrieved_tokens - then.retrieved_tokens,
         has_l2=bool(after.l2),
         num_engines=after.num_engines,
+        promoted_chunks=now.l2_promoted_chunks - then.l2_promoted_chunks,
     )

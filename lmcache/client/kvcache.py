@@ -737,7 +737,12 @@ class KVCacheClient:
     def lookup(self, keys: bytes, request_id: str = "", world_size: int = 1, pin: bool = True) -> LookupReply:
         """Return the prefix hit of `keys`; with `pin` it stays readable until the request's locks are freed."""
         return self._call(
-            lambda a: Lookup(client=a.client_id if pin else None, request_id=request_id, world_size=world_size),
+            lambda a: Lookup(
+                client=a.client_id if pin else None,
+                request_id=request_id,
+                world_size=world_size,
+                timeout_seconds=self.mq.timeout_seconds,
+            ),
             [keys],
         )
 
@@ -752,7 +757,13 @@ class KVCacheClient:
         """
         attachment = self.present()
         self._check_up()
-        request = Lookup(client=attachment.client_id, request_id=request_id, world_size=world_size, places=places)
+        request = Lookup(
+            client=attachment.client_id,
+            request_id=request_id,
+            world_size=world_size,
+            places=places,
+            timeout_seconds=timeout_seconds,
+        )
         return PendingLookup(self, self.mq.submit(request, [keys], timeout_seconds))
 
     def post_free_lookup_locks(self, request_id: str, end: int = MAX_CHUNKS) -> None:

@@ -25,7 +25,10 @@ from lmcache.server.service import CacheService, Endpoints
 from lmcache.server.sessions import Sessions
 from lmcache.server.zmq_frontend import ZmqFrontend
 from lmcache.storage import sizing
+from lmcache.storage.l2.spec import make_adapter
+from lmcache.storage.l2.tier import TierConfig
 from lmcache.storage.manager import RemovalReason, StorageManager
+from lmcache.storage.tiers import NamedAdapter, Tiers
 
 logger = init_logger(__name__)
 
@@ -43,12 +46,14 @@ class RunningServer:
         owner: ZmqFrontend,
         http: HttpFrontend | None,
         metrics_server: Any,
+        drain_seconds: float,
     ) -> None:
         self.endpoints = endpoints
         self.service = service
         self._owner = owner
         self._http = http
         self._metrics_server = metrics_server
+        self._drain_seconds = drain_seconds
         self._is_stopped = False
 
     @property
@@ -64,6 +69,9 @@ class RunningServer:
         if self._http is not None:
             self._http.stop()
         _stop_metrics(self._metrics_server)
+        self._owner.stop_loop()
+        if self.service.tiers is not None:
+            self.service.tiers.close(self._drain_seconds)
         self._owner.stop()
         self.service.storage.close()
 
@@ -81,12 +89,15 @@ def start_server(config: ServerConfig) -> RunningServer:
         if not config.http.no_http:
             listener = http_frontend.bind(config.http.http_host, config.http.http_port)
             undo.callback(listener.close)
-        metrics = Metrics()
+        adapters = _make_adapters(config)
+        for named in adapters:
+            undo.callback(named.adapter.close)
+        metrics = Metrics([named.name for named in adapters])
         metrics_server = _serve_metrics(config, metrics) if config.prometheus.metrics_port else None
         undo.callback(_stop_metrics, metrics_server)
         pool = _open_pool(config)
         undo.callback(_give_up, pool)
-        server = _run_on(config, pool, owner, listener, metrics, metrics_server)
+        server = _run_on(config, pool, owner, listener, metrics, metrics_server, adapters)
         undo.pop_all()
     return server
 
@@ -95,6 +106,34 @@ def _stop_metrics(metrics_server: Any) -> None:
     if metrics_server is not None:
         metrics_server.shutdown()
         metrics_server.server_close()
+
+
+def _make_adapters(config: ServerConfig) -> list[NamedAdapter]:
+    """Return the tiers' adapters, named after their kinds: fs, redis, fs-2."""
+    adapters: list[NamedAdapter] = []
+    for spec in config.storage.l2_adapter:
+        number = 1 + sum(named.name.partition("-")[0] == spec.name for named in adapters)
+        name = spec.name if number == 1 else f"{spec.name}-{number}"
+        adapters.append(NamedAdapter(name, spec.redacted, make_adapter(spec)))
+    return adapters
+
+
+def _make_tiers(
+    config: ServerConfig, adapters: list[NamedAdapter], storage: StorageManager, metrics: Metrics, owner: ZmqFrontend
+) -> Tiers | None:
+    if not adapters:
+        return None
+    settings = config.storage
+    tier_config = TierConfig(
+        chunk_size=config.server.chunk_size,
+        lookup_timeout_seconds=settings.l2_lookup_timeout_seconds,
+        min_tokens_per_second=settings.l2_min_tokens_per_second,
+        inflight_ratio=settings.l2_inflight_ratio,
+        write_on_evict=settings.l2_policy == "write-on-evict",
+        read_threads=settings.l2_read_threads,
+        write_threads=settings.l2_write_threads,
+    )
+    return Tiers(adapters, storage, tier_config, metrics, owner.wake)
 
 
 def _give_up(pool: PoolFile) -> None:
@@ -111,6 +150,7 @@ def _run_on(
     listener: socket.socket | None,
     metrics: Metrics,
     metrics_server: Any,
+    adapters: list[NamedAdapter],
 ) -> RunningServer:
     try:
         storage = StorageManager(
@@ -127,6 +167,7 @@ def _run_on(
         storage=storage,
         sessions=Sessions(config.server.client_lease_seconds, config.server.pin_timeout_seconds),
         metrics=metrics,
+        tiers=_make_tiers(config, adapters, storage, metrics, owner),
         chunk_size=config.server.chunk_size,
         engine_type=config.server.engine_type,
         endpoints=endpoints,
@@ -139,7 +180,9 @@ def _run_on(
         http = HttpFrontend(listener, owner, None if config.prometheus.no_metrics else metrics, config.http_token)
         http.start()
     _log_start(endpoints, pool, storage)
-    return RunningServer(endpoints, service, owner, http, metrics_server)
+    for named in adapters:
+        logger.info("L2 %s: %s, %s", named.name, named.shown, config.storage.l2_policy)
+    return RunningServer(endpoints, service, owner, http, metrics_server, config.storage.l2_drain_seconds)
 
 
 def _count_removed(metrics: Metrics, reason: RemovalReason, num_bytes: int) -> None:

@@ -7,6 +7,7 @@ program that embeds the server can offer the groups that it wants.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -19,10 +20,13 @@ from lmcache.log import LEVELS
 from lmcache.pool import PAGE_BYTES
 from lmcache.protocol import DEFAULT_HTTP_PORT, DEFAULT_ZMQ_PORT
 from lmcache.storage.eviction import POLICIES
+from lmcache.storage.l2.spec import AdapterSpec, parse_adapter
 from lmcache.storage.sizing import GIB
 
 ENGINE_TYPES = ("default", "blend")
-Parse = Callable[[str], Any]
+L2_POLICIES = ("write-through", "write-on-evict")
+MAX_TIERS = 8
+Parse = Callable[[Any], Any]
 
 
 def _text(text: str) -> str:
@@ -76,8 +80,29 @@ def _choice(choices: tuple[str, ...]) -> Parse:
     return parse
 
 
-def _setting(default: Any, parse: Parse, help_: str, metavar: str = "") -> Any:
-    return field(default=default, metadata={"parse": parse, "help": help_, "metavar": metavar})
+def _adapters(given: str | list[str]) -> tuple[AdapterSpec, ...]:
+    """Flags give a list, the variable one text: URLs with spaces between them, or JSON (an object, or a list of both)."""
+    texts = _split_adapters(given) if isinstance(given, str) else given
+    if len(texts) > MAX_TIERS:
+        raise ValueError(f"expected at most {MAX_TIERS}")
+    return tuple(parse_adapter(text) for text in texts)
+
+
+def _split_adapters(text: str) -> list[str]:
+    text = text.strip()
+    if text.startswith("{"):
+        return [text]
+    if not text.startswith("["):
+        return text.split()
+    try:
+        return [item if isinstance(item, str) else json.dumps(item) for item in json.loads(text)]
+    except ValueError:
+        raise UsageError("LMCACHE_L2_ADAPTER is not a JSON list", "URLs with spaces between them are simpler") from None
+
+
+def _setting(default: Any, parse: Parse, help_: str, metavar: str = "", is_repeatable: bool = False) -> Any:
+    metadata = {"parse": parse, "help": help_, "metavar": metavar, "is_repeatable": is_repeatable}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -108,7 +133,7 @@ class MPServerSettings:
 
 @dataclass(frozen=True)
 class StorageManagerSettings:
-    """L1 and eviction."""
+    """L1, eviction and the tiers below."""
 
     l1_size_gb: float = _setting(
         0.0,
@@ -149,6 +174,31 @@ class StorageManagerSettings:
     )
     pool_mode: int = _setting(0o600, _mode, "permissions of the pool's file", "OCTAL")
     allow_overcommit: bool = _setting(False, _switch, "start although the memory at hand is less than L1")
+    l2_adapter: tuple[AdapterSpec, ...] = _setting(
+        (),
+        _adapters,
+        "a tier below L1, as a URL or a JSON object; repeat it for more, the first is asked first (docs/l2-adapters.md)",
+        "URL",
+        is_repeatable=True,
+    )
+    l2_policy: str = _setting(
+        L2_POLICIES[0], _choice(L2_POLICIES), "when chunks are written to L2", "{" + ",".join(L2_POLICIES) + "}"
+    )
+    l2_lookup_timeout_seconds: float = _setting(
+        1.0, _number(float, 0.001, 60), "how long a lookup waits for L2; then it is answered with what is in L1", "S"
+    )
+    l2_min_tokens_per_second: float = _setting(
+        1000.0,
+        _number(float, 0, 1e9),
+        "what your engine computes; a hit that L2 is expected to deliver more slowly is not waited for",
+        "N",
+    )
+    l2_inflight_ratio: float = _setting(
+        0.5, _number(float, 0.001, 1), "share of L1 that chunks on their way up from L2 may take", "RATIO"
+    )
+    l2_read_threads: int = _setting(4, _number(int, 1, 64), "reads from a tier side by side", "N")
+    l2_write_threads: int = _setting(2, _number(int, 1, 64), "writes to a tier side by side", "N")
+    l2_drain_seconds: float = _setting(10.0, _number(float, 0, 3600), "how long a server that ends goes on writing to L2", "S")
 
 
 @dataclass(frozen=True)
@@ -223,6 +273,8 @@ class ServerConfig:
             for item in fields(group):
                 value = getattr(group, item.name)
                 shown = f"{value:04o}" if item.name == "pool_mode" else value
+                if item.name == "l2_adapter":
+                    shown = [spec.redacted for spec in value]
                 found[item.name] = {
                     "value": shown,
                     "source": self.sources.get(item.name, "default"),
@@ -246,7 +298,9 @@ def _add_group(parser: argparse.ArgumentParser, title: str, settings: type[Any])
         flag = "--" + item.name.replace("_", "-")
         default = f"{item.default:04o}" if item.name == "pool_mode" else item.default
         help_ = item.metadata["help"].replace("%", "%%")
-        if isinstance(item.default, bool):
+        if item.metadata["is_repeatable"]:
+            group.add_argument(flag, action="append", default=None, metavar=item.metadata["metavar"], help=help_)
+        elif isinstance(item.default, bool):
             group.add_argument(flag, action="store_const", const="1", default=None, help=help_)
         else:
             shown = "" if default == "" else f" (default: {default})"
@@ -259,7 +313,7 @@ def add_mp_server_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_storage_manager_args(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of L1 and eviction."""
+    """Add the flags of L1, eviction and the tiers below."""
     _add_group(parser, "storage", StorageManagerSettings)
 
 
@@ -332,7 +386,8 @@ def _read_group(
         try:
             values[item.name] = item.metadata["parse"](text)
         except ValueError as exc:
-            raise UsageError(f"{name} {text!r}: {exc}", hint="see 'lmcache server --help'") from exc
+            shown = "" if item.metadata["is_repeatable"] else f" {text!r}"  # a URL may have a password in it
+            raise UsageError(f"{name}{shown}: {exc}", hint="see 'lmcache server --help'") from exc
     return settings(**values)
 
 

@@ -20,7 +20,7 @@ from lmcache import __version__
 from lmcache.errors import RemoteError
 from lmcache.log import RateLimitedLog, init_logger
 from lmcache.metrics import Metrics
-from lmcache.protocol import Clear, Noop, Reply, Status
+from lmcache.protocol import Clear, ClearTier, Noop, Reply, Status
 from lmcache.protocol import Request as OwnerRequest
 from lmcache.server.zmq_frontend import ZmqFrontend
 
@@ -96,10 +96,11 @@ def make_app(owner: ZmqFrontend, metrics: Metrics | None, token: str, may_change
         dry_run: bool = False,
         force: bool = False,
         timeout_seconds: Annotated[float, Query(ge=0, le=3600)] = 4.0,
+        tier: ClearTier = ClearTier.ALL,
     ) -> JSONResponse:
         check_may_change(request)
-        wanted = Clear(dry_run=dry_run, force=force, timeout_seconds=timeout_seconds)
-        reply = await ask(wanted, OWNER_DEADLINE_SECONDS + timeout_seconds * force)
+        wanted = Clear(dry_run=dry_run, force=force, timeout_seconds=timeout_seconds, tier=tier)
+        reply = await ask(wanted, OWNER_DEADLINE_SECONDS + timeout_seconds)
         fields = msgspec.to_builtins(reply)
         return JSONResponse({key: value for key, value in fields.items() if key not in ("boot", "error")})
 

@@ -6,6 +6,7 @@ that wait, from a later `tick`. Next on the data path: `storage/manager.py`. Own
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from lmcache.protocol import (
     Attach,
     ChunkSizeReply,
     Clear,
+    ClearTier,
     Commit,
     CommitReply,
     EndSession,
@@ -73,6 +75,8 @@ from lmcache.protocol import (
 )
 from lmcache.server.sessions import Client, LookupPins, Sessions
 from lmcache.storage.manager import Removal, RemovalReason, Selection, StorageManager
+from lmcache.storage.promotion import Found
+from lmcache.storage.tiers import Clearing, Tiers
 
 logger = init_logger(__name__)
 
@@ -87,6 +91,8 @@ MAX_CHECKED_CHUNKS = 50_000
 MAX_GET_BYTES = 64 << 20
 # Errors of a peer that speaks something else and may not understand the reply: the log tells whoever looks for the reason.
 FOREIGN = ("version_mismatch", "bad_header")
+# A lookup is answered within this share of the time that its sender waits.
+TIMEOUT_SHARE = 0.75
 # Both are only there so that no sequence of good requests makes the server grow without end.
 MAX_PENDING_CLEARS = 64
 MAX_MODELS = 1024
@@ -118,21 +124,28 @@ class Model(msgspec.Struct):
     world_size: int
 
 
+class Pending(msgspec.Struct, frozen=True):
+    """A request whose reply comes later."""
+
+    op: str
+    respond: Callable[[Answer], bool]
+    started_at: float
+
+
 class PendingClear(msgspec.Struct):
-    """A CLEAR with `force` that waits for pins."""
+    """A CLEAR that waits: with `force` for pins, with tiers for what moves and for the tiers."""
 
     request: Clear
-    respond: Callable[[Answer], bool]
+    pending: Pending
     removal: Removal
-    started_at: float
-    read_at: float
+    clearing: Clearing | None = None
 
 
 class CacheService:
     """The cache behind both frontends.
 
     Args:
-        storage, sessions, metrics: the state, owned by the calling thread.
+        storage, sessions, metrics, tiers: the state, owned by the calling thread; no tiers: None.
         chunk_size: tokens in a chunk.
         endpoints: filled in once both are bound.
         config: every setting with its source, for STATUS.
@@ -146,6 +159,7 @@ class CacheService:
         storage: StorageManager,
         sessions: Sessions,
         metrics: Metrics,
+        tiers: Tiers | None = None,
         chunk_size: int,
         engine_type: str,
         endpoints: Endpoints,
@@ -156,6 +170,7 @@ class CacheService:
         self.storage = storage
         self.sessions = sessions
         self.metrics = metrics
+        self.tiers = tiers
         self._pool: PoolFile = storage.l1.pool
         self._boot = self._pool.header.boot_id.hex()
         self._chunk_size = chunk_size
@@ -212,8 +227,7 @@ class CacheService:
         try:
             request = decode_request(header, *self._versions)
             op = str(type(request).__struct_config__.tag)
-            if isinstance(request, Clear) and request.force and not request.dry_run:
-                self._begin_clear(PendingClear(request, respond, Removal(), started_at, started_at))
+            if self._answers_later(request, payload, Pending(op, respond, started_at)):
                 return
             self._send(op, self._handlers[type(request)](request, payload), respond, started_at)
         except LMCacheError as exc:
@@ -228,6 +242,23 @@ class CacheService:
                 "internal",
             )
             self._send(op, self._error(error), respond, started_at)
+
+    def _answers_later(self, request: Request[Any], payload: Payload, pending: Pending) -> bool:
+        """Begin what must wait for pins or tiers; True when the reply has come or will come from there."""
+        if isinstance(request, Lookup) and self.tiers is not None:
+            return self._begin_lookup(self.tiers, request, payload, pending)
+        if isinstance(request, Clear) and not request.dry_run and (request.force or self.tiers is not None):
+            self._begin_clear(PendingClear(request, pending, Removal()))
+            return True
+        return False
+
+    def _finish(self, pending: Pending, make: Callable[[], Answer]) -> None:
+        """Answer a request that was begun earlier."""
+        try:
+            answer = make()
+        except LMCacheError as exc:
+            answer = self._error(exc)
+        self._send(pending.op, answer, pending.respond, pending.started_at)
 
     def bad_frames(self, message: str, respond: Callable[[Answer], bool]) -> None:
         """Answer frames that are no request at all."""
@@ -245,7 +276,7 @@ class CacheService:
             if answer.undo is not None:
                 answer.undo()
         self.metrics.count("lmcache_requests", op, "error" if answer.reply.error else "ok")
-        self.metrics.observe("lmcache_request_duration_seconds", op, time.monotonic() - started_at)
+        self.metrics.observe("lmcache_request_duration_seconds", op, value=time.monotonic() - started_at)
 
     def _error(self, exc: LMCacheError) -> Answer:
         return Answer(Reply(error=ErrorInfo(exc.code, exc.message, exc.hint)))
@@ -287,7 +318,7 @@ class CacheService:
 
     def problems(self) -> list[str]:
         """Return why the server cannot do its work; [] when it can."""
-        found = self.storage.problems()
+        found = self.storage.problems() + ([] if self.tiers is None else self.tiers.problems())
         return found + [text for text in (self._maintenance_error, self._accounting_error) if text]
 
     def _get_chunk_size(self, request: GetChunkSize, payload: Payload) -> Answer:
@@ -416,15 +447,36 @@ class CacheService:
 
     # -- lookup -------------------------------------------------------------------------------------------------------
 
-    def _lookup(self, request: Lookup, payload: Payload) -> Answer:
+    def _begin_lookup(self, tiers: Tiers, request: Lookup, payload: Payload, pending: Pending) -> bool:
+        """Ask the tiers for what L1 lacks; False when they are not asked."""
+        keys, num_chunks = _keys(payload)
+        slots = self.storage.l1.find_prefix(keys, request.world_size)
+        has_all = len(slots) == num_chunks * request.world_size
+        if request.client is not None and (has_all or self.sessions.find(request.client) is None):
+            return False
+        max_seconds = None if request.timeout_seconds is None else request.timeout_seconds * TIMEOUT_SHARE
+
+        def done(found: Found) -> None:
+            self._finish(pending, lambda: self._lookup(request, [keys], found))
+
+        return tiers.look_up(keys, request.world_size, slots, request.client is not None, max_seconds, done)
+
+    def _lookup(self, request: Lookup, payload: Payload, found: Found | None = None) -> Answer:
+        """`found`: what the tiers said, if they were asked; what they had is in L1 by now."""
         client = self._client(request.client) if request.client is not None else None
         keys, num_chunks = _keys(payload)
         slots = self.storage.l1.find_prefix(keys, request.world_size)
-        hit_chunks = len(slots) // request.world_size
-        self.metrics.count("lmcache_lookup_chunks", "hit", by=hit_chunks)
-        self.metrics.count("lmcache_lookup_chunks", "miss", by=num_chunks - hit_chunks)
+        hit_chunks = l1_chunks = len(slots) // request.world_size
+        first_hits = hit_chunks if found is None else found.l1_chunks
+        if found is not None and client is None:  # nothing was pinned: all of it is of the moment when it was asked
+            hit_chunks, l1_chunks = max(first_hits, found.hit_chunks), first_hits
+        self.metrics.count("lmcache_lookup_chunks", "hit", by=first_hits)
+        self.metrics.count("lmcache_lookup_chunks", "miss", by=num_chunks - first_hits)
         status = HitStatus.HIT if hit_chunks else HitStatus.MISS
-        reply = LookupReply(status=status, hit_chunks=hit_chunks, l1_chunks=hit_chunks)
+        reply = LookupReply(status=status, hit_chunks=hit_chunks, l1_chunks=l1_chunks)
+        reply.l2_chunks = hit_chunks - first_hits
+        self.metrics.count("lmcache_l2_promoted_chunks", by=reply.l2_chunks if client is not None else 0)
+        reply.tiers = found.tiers if found is not None else {}
         answer = Answer(reply)
         if slots and client is not None:
             self.storage.l1.touch(slots)
@@ -497,7 +549,10 @@ class CacheService:
         return Answer(CommitReply(committed=len(committed), rejected=rejected))
 
     def _publish(self, client: Client, placements: Sequence[Placement]) -> set[int]:
-        committed = set(self.storage.l1.commit(placements, client.owner))
+        slots = self.storage.l1.commit(placements, client.owner)
+        if self.tiers is not None:
+            self.tiers.note_committed(slots)
+        committed = set(slots)
         stored_bytes = sum(client.reservations.pop(slot).length for slot in committed)
         self.metrics.count("lmcache_stored_chunks", by=len(committed))
         self.metrics.count("lmcache_stored_bytes", by=stored_bytes)
@@ -621,6 +676,8 @@ class CacheService:
             older_than_seconds=request.older_than_seconds,
             keys=keys,
         )
+        if self.tiers is not None and keys is not None and not request.dry_run:
+            self.tiers.delete(keys, self.storage.l1.num_ranks)
         removal = self.storage.remove(selection, RemovalReason.REQUEST, request.dry_run)
         self._unchecked = True
         return Answer(_removal_reply(removal, started_at))
@@ -634,35 +691,54 @@ class CacheService:
 
     def _clear(self, request: Clear, payload: Payload) -> Answer:
         started_at = time.monotonic()
-        removal = self.storage.remove(Selection(), RemovalReason.CLEAR, request.dry_run)
+        removal = Removal()
+        if request.tier is not ClearTier.L2:
+            removal = self.storage.remove(Selection(), RemovalReason.CLEAR, request.dry_run)
         self._unchecked = True
-        return Answer(_removal_reply(removal, started_at))
+        reply = _removal_reply(removal, started_at)
+        if self.tiers is not None and request.tier is not ClearTier.L1:
+            reply.tiers = self.tiers.would_remove()
+        return Answer(reply)
 
-    def _begin_clear(self, pending: PendingClear) -> None:
+    def _begin_clear(self, clear: PendingClear) -> None:
         if len(self._pending_clears) >= MAX_PENDING_CLEARS:
-            raise RemoteError(f"{MAX_PENDING_CLEARS} clears wait for pins already", "try again later", "busy")
-        self._pending_clears.append(pending)
+            raise RemoteError(f"{MAX_PENDING_CLEARS} clears are under way already", "try again later", "busy")
+        if self.tiers is not None and clear.request.tier is ClearTier.L1:
+            self.tiers.stop_moving()
+        elif self.tiers is not None:
+            clear.clearing = self.tiers.clear()
+        self._pending_clears.append(clear)
         self._continue_clears()
 
     def _continue_clears(self) -> None:
-        """Remove what became unpinned; answer when nothing is kept or the time is up."""
-        removed = self.storage.remove(Selection(), RemovalReason.CLEAR, dry_run=False)
+        """Remove what became unpinned; answer those that need not wait, or whose time is up."""
+        removed = Removal()
+        if any(clear.request.tier is not ClearTier.L2 for clear in self._pending_clears):
+            removed = self.storage.remove(Selection(), RemovalReason.CLEAR, dry_run=False)
         still_pending = []
-        for pending in self._pending_clears:
-            pending.removal = Removal(
-                objects=pending.removal.objects + removed.objects,
-                removed_bytes=pending.removal.removed_bytes + removed.removed_bytes,
-                kept_objects=removed.kept_objects,
-                kept_bytes=removed.kept_bytes,
-            )
-            waited = time.monotonic() - pending.started_at
-            if removed.kept_objects and waited < pending.request.timeout_seconds:
-                still_pending.append(pending)
+        for clear in self._pending_clears:
+            if clear.request.tier is not ClearTier.L2:
+                clear.removal = Removal(
+                    objects=clear.removal.objects + removed.objects,
+                    removed_bytes=clear.removal.removed_bytes + removed.removed_bytes,
+                    kept_objects=removed.kept_objects,
+                    kept_bytes=removed.kept_bytes,
+                )
+            waited = time.monotonic() - clear.pending.started_at
+            if waited < clear.request.timeout_seconds and self._must_wait(clear):
+                still_pending.append(clear)
             else:
-                answer = Answer(_removal_reply(pending.removal, pending.started_at))
-                self._send("CLEAR", answer, pending.respond, pending.read_at)
+                self._finish(clear.pending, functools.partial(_clear_answer, clear))
         self._pending_clears = still_pending
         self._unchecked = True
+
+    def _must_wait(self, clear: PendingClear) -> bool:
+        """Whether more would go if the clear had time."""
+        if clear.clearing is not None and not clear.clearing.is_done:
+            return True
+        if not clear.removal.kept_objects or clear.request.tier is ClearTier.L2:
+            return False
+        return clear.request.force or (self.tiers is not None and self.tiers.num_moving > 0)
 
     # -- time passes --------------------------------------------------------------------------------------------------
 
@@ -671,10 +747,21 @@ class CacheService:
         """Whether L1 is above its watermark: better evicted while engines copy than when they ask for room."""
         return self.storage.is_above_watermark
 
+    def collect(self) -> None:
+        """See what the tiers' threads have done; called when they have woken the owner."""
+        if self.tiers is None:
+            return
+        try:
+            self.tiers.collect()
+        except Exception as exc:  # as in `tick`
+            self._note_maintenance_error(exc)
+
     def tick(self) -> float:
         """Do what no request asks for; return the seconds until the next call is due."""
         try:
             self.storage.run_pass()
+            if self.tiers is not None:
+                self.tiers.tick()
             if self._pending_clears:
                 self._continue_clears()
             now = time.monotonic()
@@ -689,10 +776,16 @@ class CacheService:
                 self._log_status()
             self._maintenance_error = ""
         except Exception as exc:  # the loop must live on, and health must say what does not work
-            self._maintenance_error = f"maintenance fails: {exc!r}"
-            self._log.warning("maintenance", self._maintenance_error)
-            logger.debug("maintenance failed", exc_info=True)
-        return BUSY_PASS_SECONDS if self.storage.wants_pass_soon or self._pending_clears else PASS_SECONDS
+            self._note_maintenance_error(exc)
+        is_busy = (
+            self.storage.wants_pass_soon or self._pending_clears or (self.tiers is not None and self.tiers.wants_tick_soon)
+        )
+        return BUSY_PASS_SECONDS if is_busy else PASS_SECONDS
+
+    def _note_maintenance_error(self, exc: Exception) -> None:
+        self._maintenance_error = f"maintenance fails: {exc!r}"
+        self._log.warning("maintenance", self._maintenance_error)
+        logger.debug("maintenance failed", exc_info=True)
 
     def _check_clients(self) -> None:
         for client in self.sessions.dead_clients():
@@ -769,6 +862,8 @@ class CacheService:
             ("lmcache_uptime_seconds", time.monotonic() - self._started_at),
         ):
             self.metrics.set(name, value)
+        if self.tiers is not None:
+            self.tiers.update_gauges()
 
     def _resident_bytes(self) -> int:
         return self.storage.residency.frontier_pages() * PAGE_BYTES
@@ -778,10 +873,8 @@ class CacheService:
         counters = self.metrics.counters()
         problems = self.problems()
         live = self._live_models()
-        lookups = (
-            self.metrics.value("lmcache_lookup_chunks", "hit"),
-            self.metrics.value("lmcache_lookup_chunks", "miss"),
-        )
+        hits, misses = (self.metrics.value("lmcache_lookup_chunks", result) for result in ("hit", "miss"))
+        promoted = self.metrics.value("lmcache_l2_promoted_chunks")
         status = {
             "schema_version": STATUS_SCHEMA_VERSION,
             "version": __version__,
@@ -797,8 +890,8 @@ class CacheService:
             "zmq_endpoint": self._endpoints.zmq,
             "http_endpoint": self._endpoints.http,
             "l1": self._l1_status(),
-            "l2": [],
-            "hit_rate": lookups[0] / sum(lookups) if sum(lookups) else None,
+            "l2": [] if self.tiers is None else self.tiers.status(),
+            "hit_rate": (hits + promoted) / (hits + misses) if hits + misses else None,
             "sessions": self.sessions.num_sessions,
             "clients": [self._client_status(client) for client in self.sessions.clients.values()],
             "models": [self._model_status(model, live) for model in self._models.values()],
@@ -860,6 +953,12 @@ def _keys(payload: Payload) -> tuple[bytes, int]:
         raise ProtocolError("the frame with the chunk keys is missing", code="bad_keys")
     num_chunks = count_keys(payload[0])
     return bytes(payload[0]), num_chunks
+
+
+def _clear_answer(clear: PendingClear) -> Answer:
+    reply = _removal_reply(clear.removal, clear.pending.started_at)
+    reply.tiers = [] if clear.clearing is None else list(clear.clearing.removals)
+    return Answer(reply)
 
 
 def _removal_reply(removal: Removal, started_at: float) -> RemovalReply:

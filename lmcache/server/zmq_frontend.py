@@ -112,13 +112,13 @@ class ZmqFrontend:
         """Hand a request to the owner thread, from any thread; the future gets the reply, or RemoteError."""
         future: Future[R] = Future()
         self._calls.append((request, future))
-        self._wake()
+        self.wake()
         return future
 
     def stop_loop(self) -> None:
         """End the owner thread; the caller owns the service's state from now on."""
         self._stop.set()
-        self._wake()
+        self.wake()
         if self._thread.is_alive():
             self._thread.join(timeout=30)
 
@@ -132,8 +132,11 @@ class ZmqFrontend:
             done()
         self._unsent.clear()
 
-    def _wake(self) -> None:
-        """Ring; when the bell cannot be rung once more, the owner has not answered the rings before."""
+    def wake(self) -> None:
+        """Make the owner look for calls, and for what the tiers' threads have done; any thread.
+
+        When the bell cannot be rung once more, the owner has not answered the rings before.
+        """
         with self._doorbell_lock, contextlib.suppress(zmq.ZMQError):
             self._doorbell.send(b"", zmq.NOBLOCK)
 
@@ -160,6 +163,7 @@ class ZmqFrontend:
             if peer == self._doorbell_id:
                 self._router.recv()
                 self._run_calls(service)
+                service.collect()
             else:
                 self._receive_rest(service, peer)
             num_received += 1

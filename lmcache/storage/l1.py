@@ -84,6 +84,11 @@ class L1Cache:
         return len(self._reserved)
 
     @property
+    def num_ranks(self) -> int:
+        """How many ranks there may be: one more than the highest that has stored anything."""
+        return max(self._ranks, default=0) + 1
+
+    @property
     def used_pages(self) -> int:
         """Pages that hold a committed chunk or are reserved for one."""
         return self.committed_pages + self.reserved_pages
@@ -133,6 +138,10 @@ class L1Cache:
         """Return where a slot's chunk lies."""
         record = self.record(slot)
         return Placement(slot, record.offset, record.length, record.generation, record.checksum)
+
+    def num_pages(self, slot: int) -> int:
+        """Return the pages of a slot's extent."""
+        return self._pages[slot]
 
     def is_pinned(self, slot: int) -> bool:
         """Whether someone was promised that the entry stays."""
@@ -188,8 +197,11 @@ class L1Cache:
         self.reserved_pages += num_pages
         return Placement(slot, record.offset, length, generation)
 
-    def commit(self, placements: Sequence[Placement], owner: bytes) -> list[int]:
-        """Publish reservations of `owner`, given in token order; return the slots that became visible."""
+    def commit(self, placements: Sequence[Placement], owner: bytes, namespace_ids: Sequence[int] | None = None) -> list[int]:
+        """Publish reservations of `owner`, given in token order; return the slots that became visible.
+
+        `namespace_ids`: one for each, where they were not known when the places were reserved.
+        """
         committed = []
         now = time.monotonic()
         # The first chunk gets the highest number: an adopting server reads the order back suffix first.
@@ -206,6 +218,7 @@ class L1Cache:
                     owner=NO_OWNER,
                     order=self._order - index,
                     checksum=placement.checksum,
+                    namespace_id=record.namespace_id if namespace_ids is None else namespace_ids[index],
                 ),
             )
             entry_key = _entry_key(record.key, record.rank)

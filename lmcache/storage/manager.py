@@ -5,6 +5,7 @@ Comes in: the service's requests. Goes out: outcomes and placements. Next on the
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -82,6 +83,9 @@ class StorageManager:
         self._is_evicting = False
         self._is_blocked = False
         self._on_removed = on_removed
+        # Set where there are tiers below: told of each slot that goes, and asked before one goes that nobody needs the room of.
+        self.on_slot_removed: Callable[[int, RemovalReason], None] | None = None
+        self.may_go: Callable[[int], bool] | None = None
         self.residency.start()
         self.l1.grow_to(self.residency.frontier_pages())
 
@@ -173,15 +177,21 @@ class StorageManager:
         self._is_evicting = used > (self._low_pages if self._is_evicting else self._high_pages)
         if self._is_evicting:
             evicted = 0
-            for slot in self._unpinned():
-                if self.l1.used_pages <= self._low_pages or evicted >= MAX_EVICTED_PER_PASS:
+            for slot in itertools.islice(self._unpinned(), MAX_EVICTED_PER_PASS):
+                if self.l1.used_pages <= self._low_pages:
                     break
-                self._remove(slot, RemovalReason.WATERMARK)
-                evicted += 1
+                if self.may_go is None or self.may_go(slot):
+                    self._remove(slot, RemovalReason.WATERMARK)
+                    evicted += 1
             self._is_blocked = not evicted
             if not evicted:
                 self._is_evicting = False
         self.last_pass_at = time.monotonic()
+
+    @property
+    def watermarks(self) -> tuple[int, int]:
+        """Pages in use above which a pass begins to evict, and below which it evicts nothing more."""
+        return self._high_pages, self._low_pages
 
     @property
     def is_above_watermark(self) -> bool:
@@ -255,4 +265,6 @@ class StorageManager:
                 yield slot
 
     def _remove(self, slot: int, reason: RemovalReason) -> None:
+        if self.on_slot_removed is not None:
+            self.on_slot_removed(slot, reason)
         self._on_removed(reason, self.l1.delete(slot))

@@ -126,6 +126,14 @@ def test_the_section_has_the_promised_rows_in_their_order():
     assert section.warnings(make_run()) == []
 
 
+@pytest.mark.parametrize(
+    ("missed", "promoted", "shown"), [(8, 6, "75.0%"), (8, 0, "0.0%"), (0, 0, "n/a (L1 lacked nothing)")], ids=str
+)
+def test_l2s_hit_rate_is_of_what_l1_lacked(missed: int, promoted: int, shown: str):
+    use = CacheUse(3, missed, 2 * 10**9, 10**9, 3000, has_l2=True, num_engines=1, promoted_chunks=promoted)
+    assert rows(make_run(cache=use))["KV cache hit rate (L2):"] == shown
+
+
 def test_what_is_unknown_is_shown_with_its_reason_and_never_as_zero():
     run = make_run(tokens=Unknown("no tokens"), cache=Unknown("no server"), calibration=Unknown("no calibration"))
     assert {value for value in rows(run).values()} == {"n/a (no tokens)", "n/a (no server)"}

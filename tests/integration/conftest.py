@@ -5,7 +5,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Engine(VllmServer):
         env: dict[str, str] | None = None,
         failure_policy: str = "recompute",
         flags: Sequence[str] = (),
+        connector_config: Mapping[str, object] | None = None,
     ) -> None:
         transfer = {
             "kv_connector": "LMCacheMPConnector",
@@ -63,6 +64,7 @@ class Engine(VllmServer):
                 "lmcache.mp.port": server.port,
                 # Half of the tests run on the other core: what is there must be found however long an answer takes.
                 "lmcache.mp.lookup_timeout": LOOKUP_SECONDS,
+                **(connector_config or {}),
             },
         }
         ours = ["--max-num-batched-tokens", str(STEP_TOKENS), "--kv-transfer-config", json.dumps(transfer)]

@@ -26,7 +26,7 @@ def value_of(config: ServerConfig, name: str) -> object:
 def test_without_flags_and_variables_every_setting_has_its_default():
     config = parse()
     for name, item in SETTINGS.items():
-        shown = "0600" if name == "pool_mode" else item.default
+        shown = {"pool_mode": "0600", "l2_adapter": []}.get(name, item.default)
         assert config.describe()[name] == {"value": shown, "source": "default"}
     assert config.server.host == config.http.http_host == config.prometheus.metrics_host == "127.0.0.1", "SEC-1"
     assert config.storage.pool_mode == 0o600
@@ -50,6 +50,14 @@ OTHER_VALUES = {
     "pool_name": "my-pool_1",
     "pool_mode": "0660",
     "allow_overcommit": "1",
+    "l2_adapter": "fs:///tmp/l2?capacity-gb=1",
+    "l2_policy": "write-on-evict",
+    "l2_lookup_timeout_seconds": "0.5",
+    "l2_min_tokens_per_second": "0",
+    "l2_inflight_ratio": "0.25",
+    "l2_read_threads": "8",
+    "l2_write_threads": "1",
+    "l2_drain_seconds": "0",
     "no_metrics": "1",
     "metrics_host": "localhost",
     "metrics_port": "1235",
@@ -183,3 +191,44 @@ def test_a_token_variable_that_no_header_can_carry_is_refused():
     with pytest.raises(UsageError, match="more than one line") as caught:
         parse(environ={"LMCACHE_HTTP_TOKEN": "two\nlines"})
     assert "LMCACHE_HTTP_TOKEN" in caught.value.message
+
+
+# -- tiers below L1 ---------------------------------------------------------------------------------------------------
+
+REDIS = "redis://user:hunter2@cache:6379/0"
+
+
+def test_tiers_come_in_the_order_of_their_flags():
+    config = parse("--l2-adapter", "fs:///tmp/l2", "--l2-adapter", REDIS)
+    assert [spec.name for spec in config.storage.l2_adapter] == ["fs", "redis"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"fs:///tmp/l2 {REDIS}",
+        f'["fs:///tmp/l2", "{REDIS}"]',
+        '[{"type": "fs", "path": "/tmp/l2"}, {"type": "redis", "host": "cache"}]',
+    ],
+)
+def test_the_variable_holds_several_tiers(text):
+    config = parse(environ={"LMCACHE_L2_ADAPTER": text})
+    assert [spec.name for spec in config.storage.l2_adapter] == ["fs", "redis"]
+
+
+def test_one_json_object_is_one_tier():
+    assert len(parse(environ={"LMCACHE_L2_ADAPTER": '{"type": "fs", "path": "/tmp/l2"}'}).storage.l2_adapter) == 1
+
+
+def test_a_password_is_in_no_description_and_no_error():
+    config = parse("--l2-adapter", REDIS)
+    assert "hunter2" not in repr(config.describe()) + repr(config)
+    for wrong in (REDIS + "?nonsense=1", "redis://user:hunter2@cache:port", '{"type": "redis", "password": "hunter2", "x": 1}'):
+        with pytest.raises(UsageError) as caught:
+            parse("--l2-adapter", wrong)
+        assert "hunter2" not in caught.value.message + caught.value.hint
+
+
+def test_more_tiers_than_there_may_be_are_refused():
+    with pytest.raises(UsageError, match="at most 8"):
+        parse(*["--l2-adapter", "fs:///tmp/l2"] * 9)

@@ -559,7 +559,14 @@ def present(service) -> set[int]:
 
 
 def test_a_clear_removes_all_but_the_pinned_and_counts_both(stored):
-    expected = {"objects": 8, "removed_bytes": 8 * PAGE_BYTES, "kept_objects": 2, "kept_bytes": 2 * PAGE_BYTES, "seconds": 0}
+    expected = {
+        "objects": 8,
+        "removed_bytes": 8 * PAGE_BYTES,
+        "kept_objects": 2,
+        "kept_bytes": 2 * PAGE_BYTES,
+        "seconds": 0,
+        "tiers": [],
+    }
     assert as_builtins(stored.call(Clear(dry_run=True))) == expected
     assert as_builtins(stored.call(Clear(dry_run=True, force=True))) == expected
     assert present(stored) == set(range(10))
@@ -577,7 +584,7 @@ def test_a_forced_clear_waits_for_pins_and_counts_what_went_meanwhile(stored):
     stored.release()
     stored.pass_time(1)
     assert [as_builtins(answer.reply) for answer in answers] == [
-        {"objects": 10, "removed_bytes": 10 * PAGE_BYTES, "kept_objects": 0, "kept_bytes": 0, "seconds": 3}
+        {"objects": 10, "removed_bytes": 10 * PAGE_BYTES, "kept_objects": 0, "kept_bytes": 0, "seconds": 3, "tiers": []}
     ]
     assert present(stored) == set()
 

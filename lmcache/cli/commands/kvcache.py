@@ -31,7 +31,7 @@ def add_actions(parser: CommandParser) -> None:
     actions.add_parser(
         "clear",
         help="remove everything",
-        description="Remove every chunk that is not pinned.",
+        description="Remove every chunk that is not pinned, from L1 and from L2.",
         populate=add_clear_options,
     ).set_defaults(func=clear)
     actions.add_parser(
@@ -52,6 +52,12 @@ def add_clear_options(parser: CommandParser) -> None:
     """Add the options of `kvcache clear`."""
     parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    parser.add_argument(
+        "--tier",
+        choices=("l1", "l2", "all"),
+        default="all",
+        help="where; what other servers have put into a shared L2 goes as well (default: all)",
+    )
     parser.add_argument("--force", action="store_true", help="wait for pinned chunks, almost as long as --timeout")
 
 
@@ -90,8 +96,9 @@ def clear(args: Namespace) -> int:
     url = kvcache_url(args)
     if not (args.yes or args.dry_run):
         confirm(url, args)
-    removal = send_clear(url, args.timeout, args.dry_run, args.force)
+    removal = send_clear(url, args.timeout, args.tier, args.dry_run, args.force)
     result = removal_result("KV Cache Clear", removal, args.dry_run)
+    add_tiers(result, removal, args.tier, args.dry_run)
     if args.force and removal.kept_objects:
         result.fail(
             f"{removal.kept_objects} objects are still pinned",
@@ -111,30 +118,58 @@ def confirm(url: Url, args: Namespace) -> None:
 
     if not sys.stdin.isatty():
         raise UsageError("this removes every chunk, and there is no terminal to ask at", "pass -y, or --dry-run to look first")
-    would = send_clear(url, args.timeout, dry_run=True, force=False)
-    size = format_bytes(would.removed_bytes)
-    print(f"Remove {would.objects} objects ({size}) from {url}? [y/N] ", end="", file=sys.stderr, flush=True)
+    would = send_clear(url, args.timeout, args.tier, dry_run=True, force=False)
+    what = [] if args.tier == "l2" else [f"{would.objects} objects ({format_bytes(would.removed_bytes)})"]
+    what += [f"{tier.objects} in L2 {tier.name}" for tier in would.tiers]
+    print(f"Remove {' and '.join(what) or 'nothing'} from {url}? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise LMCacheError("nothing was removed", code="declined")
 
 
-def send_clear(url: Url, timeout: float, dry_run: bool, force: bool) -> RemovalReply:
+def add_tiers(result: Result, removal: RemovalReply, wanted: str, dry_run: bool) -> None:
+    """Add what went from each tier of L2; the first that did not do it decides the exit code."""
+    from lmcache.cli.output import format_bytes
+
+    result.put("tier", wanted)
+    result.put(
+        "tiers",
+        [
+            {"name": tier.name, "objects": tier.objects, "removed_bytes": tier.removed_bytes, "error": tier.error or None}
+            for tier in removal.tiers
+        ],
+    )
+    for tier in removal.tiers:
+        result.section(f"L2 {tier.name}")
+        result.row("Objects to remove" if dry_run else "Objects removed", tier.objects)
+        if tier.removed_bytes is None:
+            result.unknown("Bytes", "the tier cannot tell")
+        else:
+            result.row("Bytes to remove" if dry_run else "Bytes removed", format_bytes(tier.removed_bytes))
+        if tier.error:
+            result.row("Error", tier.error)
+            hint = "it goes on; ask again later" if not tier.done else "see 'lmcache describe kvcache' for the tier's state"
+            result.fail(f"L2 {tier.name} was not cleared: {tier.error}", hint, "tier")
+    if wanted == "l2" and not removal.tiers:
+        result.fail("the server has no L2 tier", "see 'lmcache server --help' for --l2-adapter", "no_tier")
+
+
+def send_clear(url: Url, timeout: float, tier: str, dry_run: bool, force: bool) -> RemovalReply:
     """Ask the server to clear, over whichever transport the address has.
 
     Raises: UnreachableError, RemoteError, LMCacheError.
     """
     from lmcache.cli.base import send_request
     from lmcache.cli.http import http_request, wrong_peer
-    from lmcache.protocol import Clear, RemovalReply
+    from lmcache.protocol import Clear, ClearTier, RemovalReply
 
     wait = timeout * FORCE_SHARE
     if not url.is_http:
-        request = Clear(dry_run=dry_run, force=force, timeout_seconds=wait)
+        request = Clear(dry_run=dry_run, force=force, timeout_seconds=wait, tier=ClearTier(tier))
         reply: RemovalReply = send_request(url, request, timeout=timeout).reply
         return reply
     import msgspec
 
-    params = {"dry_run": str(dry_run).lower(), "force": str(force).lower(), "timeout_seconds": str(wait)}
+    params = {"dry_run": str(dry_run).lower(), "force": str(force).lower(), "timeout_seconds": str(wait), "tier": tier}
     answer = http_request(url, "POST", "/api/clear", params, timeout)
     if "objects" not in answer:
         raise wrong_peer(url, "/api/clear does not say how many objects it removed")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from enum import Enum
 
 import msgspec
 
@@ -18,10 +19,26 @@ from lmcache.errors import LMCacheError
 Parts = Sequence[memoryview]
 
 
-class L2Error(LMCacheError):
-    """A tier did not do what it was asked; to the engine that is a miss. `code` is the reason in metrics."""
+class Reason(str, Enum):
+    """Why a tier did not do what it was asked: `L2Error.code`, and the label in metrics."""
 
-    code = "l2"
+    UNREACHABLE = "unreachable"  # no connection, or it broke; a folder that is not there
+    TIMEOUT = "timeout"  # no answer within the adapter's timeout
+    FULL = "full"  # no room and nothing to evict
+    DENIED = "denied"  # credentials or permissions
+    READ_ONLY = "read_only"  # a read-only file system, a replica
+    CORRUPT = "corrupt"  # bytes that are not the value: truncated, changed, foreign
+    FORMAT = "format"  # a value that another version wrote
+    ERROR = "error"  # anything else
+
+
+class L2Error(LMCacheError):
+    """A tier did not do what it was asked; to the engine that is a miss. `code` is the value of a `Reason`."""
+
+    code = Reason.ERROR.value
+
+    def __init__(self, message: str, hint: str = "", code: str = "") -> None:
+        super().__init__(message, hint, code and Reason(code).value)
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -36,8 +53,9 @@ class L2Adapter(ABC):
     """One back end.
 
     The caller guarantees: keys are file-name safe ASCII of at most 128 characters; buffers stay as they are until the call is
-    over; nobody else writes other bytes under the same key (equal keys mean equal chunks). Every call returns or raises
-    `L2Error` within the adapter's own timeout. Threads: any, several at once.
+    over; nobody else writes other bytes under the same key (equal keys mean equal chunks). Nothing blocks in `__init__`.
+    Every call returns or raises `L2Error` within the adapter's own timeout and its retries; a local file system has none, and
+    takes as long as the kernel does. Threads: any, several at once.
     """
 
     @abstractmethod
@@ -90,4 +108,13 @@ class L2Adapter(ABC):
         """
 
     def close(self) -> None:  # noqa: B027 - most adapters own a connection, some nothing
-        """Release connections and files. Never raises."""
+        """Release connections and files; no call runs or follows. Never raises."""
+
+
+def check_length(key: str, found: int, expected: int) -> None:
+    """Return if a value's length is the expected one.
+
+    Raises: L2Error, code "corrupt".
+    """
+    if found != expected:
+        raise L2Error(f"value {key} has {found} bytes, not {expected}", code=Reason.CORRUPT)

@@ -12,7 +12,7 @@ import zlib
 import msgspec
 import xxhash
 
-from lmcache.storage.l2.base import L2Error
+from lmcache.storage.l2.base import L2Error, Reason
 
 MAGIC = b"LMCKVAL\x01"
 FORMAT_VERSION = 1
@@ -46,13 +46,13 @@ def unpack_header(raw: memoryview | bytes) -> ValueHeader:
     """
     raw = bytes(raw[: _FIELDS.size + _CRC.size])
     if len(raw) < _FIELDS.size + _CRC.size or raw[: len(MAGIC)] != MAGIC:
-        raise L2Error("a value does not begin with a value header", code="corrupt")
+        raise L2Error("a value does not begin with a value header", code=Reason.CORRUPT)
     body = raw[: _FIELDS.size]
     fields = _FIELDS.unpack(body)
     if zlib.crc32(body) != _CRC.unpack_from(raw, _FIELDS.size)[0]:
-        raise L2Error("a value's header is damaged", code="corrupt")
+        raise L2Error("a value's header is damaged", code=Reason.CORRUPT)
     if fields[1:3] != (FORMAT_VERSION, HEADER_BYTES):
-        raise L2Error(f"a value has format {fields[1]}, this version reads {FORMAT_VERSION}", code="format")
+        raise L2Error(f"a value has format {fields[1]}, this version reads {FORMAT_VERSION}", code=Reason.FORMAT)
     return ValueHeader(key=fields[3], rank=fields[4], namespace_id=fields[6], length=fields[7], checksum=fields[8])
 
 
@@ -67,9 +67,9 @@ def check_value(header: ValueHeader, key: bytes, rank: int, data: memoryview) ->
     Raises: L2Error, code "corrupt".
     """
     if (header.key, header.rank, header.length) != (key, rank, len(data)):
-        raise L2Error("a value is another chunk's", code="corrupt")
+        raise L2Error("a value is another chunk's", code=Reason.CORRUPT)
     if value_checksum(data) != header.checksum:
-        raise L2Error("a value's bytes differ from what was stored", code="corrupt")
+        raise L2Error("a value's bytes differ from what was stored", code=Reason.CORRUPT)
 
 
 def value_key(key: bytes, rank: int) -> str:

@@ -191,7 +191,7 @@ def run_bench(url: str, settings: BenchSettings, on_progress: OnProgress = lambd
     """
     with MessageQueueClient(url, settings.timeout_seconds) as control:
         at_start = control.call(Status()).status
-        plans = make_plans(url, settings, at_start["l1"])
+        plans = make_plans(url, settings, at_start["l1"], has_l2=bool(at_start["l2"]))
         workload = plans[0].workload
         fleet = Fleet(plans, on_progress)
         removed: int | None = None
@@ -225,7 +225,7 @@ def _remove_all(control: MessageQueueClient, workload: Workload, fleet: Fleet, t
         return None
 
 
-def make_plans(url: str, settings: BenchSettings, l1: dict[str, Any]) -> list[Plan]:
+def make_plans(url: str, settings: BenchSettings, l1: dict[str, Any], has_l2: bool = False) -> list[Plan]:
     """Return the work of each worker.
 
     Raises: UsageError when the settings do not fit the server's L1.
@@ -238,6 +238,7 @@ def make_plans(url: str, settings: BenchSettings, l1: dict[str, Any]) -> list[Pl
             url=url,
             timeout_seconds=settings.timeout_seconds,
             inline=settings.inline,
+            has_l2=has_l2,
             workload=workload,
             lane=lane,
             num_lanes=lanes,
@@ -517,7 +518,7 @@ def _figures(
         or 0.0,
         operations={kind: _operation_figures(kind, reports) for kind in OperationKind},
         hit_rate=_hit_rates(reports, has_l2=bool(at_start["l2"])),
-        bandwidth=_bandwidths(reports, has_l2=bool(at_start["l2"])),
+        bandwidth=_bandwidths(reports, _l2_bandwidths(reports, before, after)),
         correctness=_total_correctness(reports),
         failures=_total_failures(reports),
         refusal=next((report.gave_up for report in reports if report.gave_up is not None), None),
@@ -557,10 +558,13 @@ NO_L2 = "the server has no L2 tier"
 
 def _hit_rates(reports: Sequence[LaneReport], has_l2: bool) -> dict[str, HitRate]:
     lookups, retrieves = _tallies(OperationKind.LOOKUP, reports), _tallies(OperationKind.RETRIEVE, reports)
-    l2_asked = sum(t.asked_chunks - t.l1_chunks for t in lookups)
+    asked = sum(t.asked_chunks for t in [*lookups, *retrieves])
+    # What a retrieve got of L2 was read from L1 as well, and did not hit there.
+    l1_hits = sum(t.l1_chunks for t in lookups) + sum(t.l1_chunks - t.l2_chunks for t in retrieves)
+    l2_hits = sum(t.l2_chunks for t in [*lookups, *retrieves])
     return {
-        "l1": _hit_rate(sum(t.l1_chunks for t in [*lookups, *retrieves]), sum(t.asked_chunks for t in [*lookups, *retrieves])),
-        "l2": _hit_rate(sum(t.l2_chunks for t in lookups), l2_asked) if has_l2 else HitRate(unknown_because=NO_L2),
+        "l1": _hit_rate(l1_hits, asked),
+        "l2": _hit_rate(l2_hits, asked - l1_hits) if has_l2 else HitRate(unknown_because=NO_L2),
     }
 
 
@@ -573,13 +577,30 @@ def _hit_rate(hit_chunks: int, asked_chunks: int) -> HitRate:
     )
 
 
-def _bandwidths(reports: Sequence[LaneReport], has_l2: bool) -> dict[str, BandwidthFigures]:
-    l2 = BandwidthFigures(unknown_because="this version measures L1 only" if has_l2 else NO_L2)
+def _l2_bandwidths(
+    reports: Sequence[LaneReport], before: dict[str, Any], after: dict[str, Any] | None
+) -> dict[str, BandwidthFigures]:
+    """What the server counted of its tiers while the workers measured, by that time: it reads and writes behind them."""
+    names = {"l2_read": "read_bytes", "l2_write": "written_bytes"}
+    seconds = max((report.measured_seconds for report in reports), default=0.0)
+    if not before["l2"]:
+        return {name: BandwidthFigures(unknown_because=NO_L2) for name in names}
+    if after is None or after["boot"] != before["boot"] or not seconds:
+        return {name: BandwidthFigures(unknown_because="the server's counters are not of this run alone") for name in names}
+    figures = {}
+    for name, counter in names.items():
+        moved = sum(tier[counter] for tier in after["l2"]) - sum(tier[counter] for tier in before["l2"])
+        figures[name] = BandwidthFigures(
+            gb_per_second=moved / seconds / GB if moved else None, unknown_because="" if moved else "no byte was moved"
+        )
+    return figures
+
+
+def _bandwidths(reports: Sequence[LaneReport], l2: dict[str, BandwidthFigures]) -> dict[str, BandwidthFigures]:
     return {
         "l1_read": bandwidth_figures(_tallies(OperationKind.RETRIEVE, reports), [report.raw_reads for report in reports]),
         "l1_write": bandwidth_figures(_tallies(OperationKind.STORE, reports), [report.raw_writes for report in reports]),
-        "l2_read": l2,
-        "l2_write": l2,
+        **l2,
     }
 
 
@@ -671,7 +692,8 @@ def _compare_with_server(
             workers=sum(t.l1_chunks for t in retrieves), server=_rise(since, after, "retrieved_chunks")
         ),
         "lookup_hit_chunks": CounterCheck(
-            workers=sum(t.l1_chunks + t.l2_chunks for t in lookups),
+            workers=sum(t.l1_chunks for t in lookups)
+            + sum(t.l1_chunks - t.l2_chunks for t in retrieves) * bool(at_start["l2"]),
             server=_rise(since, after, "lookup_chunks", "hit"),
         ),
     }

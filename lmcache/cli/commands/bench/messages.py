@@ -17,6 +17,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     timeout_seconds: float
     inline: bool
+    has_l2: bool = False
     workload: Workload
     lane: int
     num_lanes: int
@@ -50,7 +51,11 @@ class BadChunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tally(msgspec.Struct):
-    """What was done in one kind of operation; `seconds` has one entry each."""
+    """What was done in one kind of operation; `seconds` has one entry each.
+
+    `l1_chunks` were read from L1, or found there by a lookup. `l2_chunks`: of a lookup, those in L2 only; of a retrieve, those
+    of its `l1_chunks` that L2 had to deliver first.
+    """
 
     seconds: list[float] = []
     num_bytes: int = 0

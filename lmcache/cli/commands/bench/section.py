@@ -79,7 +79,10 @@ def l2_hit_ratio(run: CacheRun) -> Figure:
     """Return the share of what L1 lacked that L2 had."""
     if isinstance(run.cache, Unknown):
         return run.cache
-    return Unknown("the server does not count the hits of a tier" if run.cache.has_l2 else "the server has no L2 tier")
+    if not run.cache.has_l2:
+        return Unknown("the server has no L2 tier")
+    missed = run.cache.missed_chunks
+    return run.cache.promoted_chunks / missed if missed else Unknown("L1 lacked nothing")
 
 
 def bytes_per_second(run: CacheRun, name: str) -> Figure:

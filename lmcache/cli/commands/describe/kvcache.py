@@ -171,6 +171,13 @@ def labelled(key: str, value: Any) -> tuple[str, str]:
     from lmcache.cli.output import format_bytes, format_ratio
 
     label = key.replace("_", " ").capitalize()
+    if key.endswith("_bytes_per_second"):
+        shown = f"{value / 1e9:.2f}" if value else "n/a (nothing yet)"
+        return f"{label.removesuffix(' bytes per second')} (GB/s)", shown
+    if key.endswith("_seconds"):
+        return f"{label.removesuffix(' seconds')} (ms)", f"{value * 1000:.2f}" if value else "n/a (nothing yet)"
+    if value is None and key.endswith(("_bytes", "_rate", "objects")):
+        return label.removesuffix(" bytes"), "n/a (not known)"
     if isinstance(value, bool):
         return label, "yes" if value else "no"
     if isinstance(value, (int, float)) and key.endswith("_bytes"):

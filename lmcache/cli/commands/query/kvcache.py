@@ -98,10 +98,13 @@ def _add_hit(result: Result, num_tokens: int, chunk_size: int, reply: Any) -> No
     result.row("Cached tokens", hit * chunk_size, key="cached_tokens", text=f"{hit * chunk_size}/{num_tokens}")
     result.row("In L1", reply.l1_chunks, key="l1_chunks", text=f"{reply.l1_chunks} chunks", indent=2)
     result.row("In L2 only", hit - reply.l1_chunks, key="l2_only_chunks", text=f"{hit - reply.l1_chunks} chunks", indent=2)
+    for name, count in reply.tiers.items():
+        result.row(f"In L2 {name}", f"{count} chunks", indent=2)
     result.row("Cache status", status, key="cache_status")
     result.put("total_chunks", total)
     result.put("cached_ratio", ratio)
     result.put("l2_chunks", reply.l2_chunks)
+    result.put("tiers", reply.tiers)
     result.put("chunk_size", chunk_size)
 
 

@@ -1,0 +1,362 @@
+"""L2 in a folder: one file a value, written beside and renamed, and an index of last uses that keeps it within its capacity.
+
+    <folder>/<2 hex digits>/<key>.kv     a value; its modification time is its last use
+    <folder>/tmp/<writer>-<n>            one being written, by the adapter that holds the lock on tmp/<writer>.lock
+
+Comes in: keys and memory. Goes out: files. The files are the truth: a value is looked up in the folder, never in the index, so
+several servers can share one, and a file that vanishes is a miss. The index only says what to evict. It is built by reading the
+folder, at first use and now and then later because others write too.
+
+A value becomes visible by its rename, all of it. A writer that is killed leaves a file under `tmp/`, which the next adapter
+removes: the kernel has dropped the writer's lock. Nothing is synced: after a power failure a value may be short or other bytes,
+and readers compare length and checksum anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import secrets
+import stat
+import threading
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from lmcache.pool import try_lock
+from lmcache.storage.l2.base import L2Adapter, L2Error, Parts, Reason, Usage, check_length
+from lmcache.storage.l2.direct import DirectIO
+from lmcache.storage.l2.spec import AdapterSpec, FsSettings
+
+SUFFIX = ".kv"
+TEMP_FOLDER = "tmp"
+LOCK_SUFFIX = ".lock"
+PAGE_BYTES = 4096
+# What other servers wrote is seen after this long, or after a hundred times what reading the folder took.
+RESCAN_SECONDS = 60.0
+# How much older than now a last use on disk may be: each noting of it is a write of metadata.
+USE_GRAIN_SECONDS = 60.0
+DEFAULT_SHARE_OF_FREE = 0.8
+
+_REASONS = {
+    errno.ENOSPC: Reason.FULL,
+    errno.EDQUOT: Reason.FULL,
+    errno.EFBIG: Reason.FULL,
+    errno.EACCES: Reason.DENIED,
+    errno.EPERM: Reason.DENIED,
+    errno.EROFS: Reason.READ_ONLY,
+    errno.ENOENT: Reason.UNREACHABLE,
+    errno.ENOTDIR: Reason.UNREACHABLE,
+    errno.ENODEV: Reason.UNREACHABLE,
+    errno.ENOTCONN: Reason.UNREACHABLE,
+    errno.ESTALE: Reason.UNREACHABLE,
+    errno.ETIMEDOUT: Reason.TIMEOUT,
+}
+
+
+class _Entry(msgspec.Struct):
+    """One value in the index: the bytes it takes on disk, and the time of its last use."""
+
+    size: int
+    used_at: float
+
+
+class FsAdapter(L2Adapter):
+    """One folder."""
+
+    def __init__(self, spec: AdapterSpec) -> None:
+        assert isinstance(spec.settings, FsSettings)
+        self._root = spec.settings.path
+        self._capacity = int(spec.settings.capacity_gb * 2**30)
+        self._io = DirectIO(spec.settings.direct_io)
+        self._mutex = threading.Lock()
+        self._index: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._used = 0
+        self._reserved = 0  # of values being written
+        self._next_scan_at = 0.0
+        self._is_scanning = False
+        self._writer = secrets.token_hex(8)
+        self._lock_fd: int | None = None
+        self._numbers = itertools.count()
+
+    # -- the contract ------------------------------------------------------------------------------
+
+    def put(self, key: str, parts: Parts) -> None:
+        """See the contract. Least recently used values go until there is room."""
+        length = sum(part.nbytes for part in parts)
+        with _as_l2_error("write", self._root):
+            self._scan_if_due()
+            with self._reservation(_on_disk(length)):
+                try:
+                    self._write(key, parts, length)
+                except FileNotFoundError:  # somebody removed our folders
+                    self._forget_writer()
+                    self._write(key, parts, length)
+                except OSError as exc:
+                    # Others fill the disk too: what the capacity allows may not be there.
+                    if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._evict(2 * _on_disk(length)):
+                        raise
+                    self._write(key, parts, length)
+            self._note(key, _on_disk(length))
+
+    def get(self, key: str, parts: Parts) -> bool:
+        """See the contract."""
+        with _as_l2_error("read", self._root):
+            try:
+                fd = self._io.open(self._path(key), os.O_RDONLY)
+            except FileNotFoundError:
+                return False
+            try:
+                found = os.fstat(fd)
+                check_length(key, found.st_size, sum(part.nbytes for part in parts))
+                check_length(key, self._io.read(fd, parts), found.st_size)
+                self._note(key, _on_disk(found.st_size))
+                if time.time() - found.st_mtime > USE_GRAIN_SECONDS:
+                    with contextlib.suppress(OSError):  # read-only, or another user's: it then ages as if unused
+                        os.utime(fd)
+            finally:
+                os.close(fd)
+        return True
+
+    def lengths(self, keys: Sequence[str]) -> list[int | None]:
+        """See the contract."""
+        with _as_l2_error("look up", self._root):
+            return [self._length(key) for key in keys]
+
+    def delete(self, keys: Sequence[str]) -> int:
+        """See the contract."""
+        with _as_l2_error("delete", self._root):
+            return sum(self._remove(key) for key in keys)
+
+    def clear(self) -> int:
+        """See the contract. Values of other servers in the same folder go too; files that are no values stay."""
+        with _as_l2_error("clear", self._root):
+            return sum(self._remove(key) for key, _ in list(self._files()))
+
+    def usage(self) -> Usage:
+        """See the contract. What other servers wrote counts from the next reading of the folder on."""
+        with _as_l2_error("read", self._root):
+            self._scan_if_due()
+        with self._mutex:
+            return Usage(used_bytes=self._used, capacity_bytes=self._capacity, objects=len(self._index))
+
+    def ping(self) -> None:
+        """Write a page and remove it."""
+        with _as_l2_error("write", self._root):
+            temp = self._new_temp()
+            try:
+                fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                try:
+                    os.write(fd, bytes(PAGE_BYTES))
+                finally:
+                    os.close(fd)
+            finally:
+                _unlink(temp)
+
+    def close(self) -> None:
+        """See the contract."""
+        self._forget_writer()
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{zlib.crc32(key.encode()) & 0xFF:02x}/{key}{SUFFIX}"
+
+    def _length(self, key: str) -> int | None:
+        try:
+            return os.stat(self._path(key)).st_size
+        except FileNotFoundError:
+            return None
+
+    def _write(self, key: str, parts: Parts, length: int) -> None:
+        path, temp = self._path(key), self._new_temp()
+        try:
+            fd = self._io.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            try:
+                self._io.write(fd, parts, length)
+            finally:
+                os.close(fd)
+            try:
+                os.rename(temp, path)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                os.rename(temp, path)
+        except OSError:
+            _unlink(temp)
+            raise
+
+    def _remove(self, key: str) -> bool:
+        is_there = _unlink(self._path(key))
+        with self._mutex:
+            entry = self._index.pop(key, None)
+            self._used -= entry.size if entry else 0
+        return is_there
+
+    def _files(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield the key and the state of each file that is named as a value is."""
+        for number in range(256):
+            with contextlib.suppress(FileNotFoundError), os.scandir(f"{self._root}/{number:02x}") as files:
+                for file in files:
+                    key = file.name.removesuffix(SUFFIX)
+                    if key == file.name or zlib.crc32(key.encode(errors="replace")) & 0xFF != number:
+                        continue
+                    with contextlib.suppress(FileNotFoundError):
+                        found = file.stat(follow_symlinks=False)
+                        if stat.S_ISREG(found.st_mode):
+                            yield key, found
+
+    # -- one writer's temporary files --------------------------------------------------------------
+
+    def _new_temp(self) -> str:
+        """Return a path that nobody else uses, and that is removed when this process has died."""
+        folder = f"{self._root}/{TEMP_FOLDER}"
+        with self._mutex:
+            if self._lock_fd is None:
+                os.makedirs(folder, mode=0o700, exist_ok=True)
+                _remove_temps_of_the_dead(folder)
+                self._lock_fd = _lock_file(f"{folder}/{self._writer}{LOCK_SUFFIX}")
+        return f"{folder}/{self._writer}-{next(self._numbers)}"
+
+    def _forget_writer(self) -> None:
+        with self._mutex:
+            fd, self._lock_fd = self._lock_fd, None
+            if fd is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{self._root}/{TEMP_FOLDER}/{self._writer}{LOCK_SUFFIX}")
+                os.close(fd)
+
+    # -- the index ---------------------------------------------------------------------------------
+
+    def _note(self, key: str, size: int) -> None:
+        """Make a value the most recently used."""
+        with self._mutex:
+            entry = self._index.pop(key, None)
+            self._used += size - (entry.size if entry else 0)
+            self._index[key] = _Entry(size, time.time())
+
+    @contextlib.contextmanager
+    def _reservation(self, size: int) -> Iterator[None]:
+        """Evict until a value of this size fits; its place is taken while it is written."""
+        if size > self._capacity:
+            raise L2Error(f"a value of {size} bytes is larger than {self._root} may be", "raise capacity-gb", Reason.FULL)
+        with self._mutex:
+            self._reserved += size
+        try:
+            while (excess := self._used + self._reserved - self._capacity) > 0 and self._evict(excess):
+                pass
+            yield
+        finally:
+            with self._mutex:
+                self._reserved -= size
+
+    def _evict(self, num_bytes: int) -> int:
+        """Remove least recently used values until so many bytes are gone or none is left; return how many went."""
+        gone = 0
+        while gone < num_bytes:
+            with self._mutex:
+                if not self._index:
+                    break
+                key, entry = self._index.popitem(last=False)
+                self._used -= entry.size
+            with contextlib.suppress(FileNotFoundError):
+                used_at = os.stat(self._path(key)).st_mtime
+                if used_at > entry.used_at + USE_GRAIN_SECONDS:  # another server uses it
+                    with self._mutex:
+                        if key not in self._index:
+                            self._index[key] = _Entry(entry.size, used_at)
+                            self._used += entry.size
+                    continue
+            _unlink(self._path(key))
+            gone += entry.size
+        return gone
+
+    def _scan_if_due(self) -> None:
+        """Read the folder into the index, unless that was done lately or another thread is at it."""
+        with self._mutex:
+            if self._is_scanning or time.monotonic() < self._next_scan_at:
+                return
+            self._is_scanning = True
+        started, began_at = time.monotonic(), time.time()
+        try:
+            os.makedirs(self._root, mode=0o700, exist_ok=True)
+            is_first_of_default = not self._capacity
+            if is_first_of_default:  # what other threads write meanwhile needs a bound too
+                disk = os.statvfs(self._root)
+                self._capacity = int(disk.f_bavail * disk.f_frsize * DEFAULT_SHARE_OF_FREE)
+            found = {key: _Entry(_on_disk(state.st_size), state.st_mtime) for key, state in self._files()}
+            with self._mutex:
+                self._merge(found, began_at)
+                self._capacity += self._used if is_first_of_default else 0
+                took = time.monotonic() - started
+                self._next_scan_at = time.monotonic() + max(RESCAN_SECONDS, 100 * took)
+        finally:
+            self._is_scanning = False
+
+    def _merge(self, found: dict[str, _Entry], began_at: float) -> None:
+        """Replace the index by what was found, but for what changed meanwhile: those entries are the newer ones."""
+        for key, entry in self._index.items():
+            if key in found:
+                found[key].used_at = max(found[key].used_at, entry.used_at)
+            elif entry.used_at >= began_at:
+                found[key] = entry
+        self._index = OrderedDict(sorted(found.items(), key=lambda item: item[1].used_at))
+        self._used = sum(entry.size for entry in found.values())
+
+
+def _on_disk(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def _unlink(path: str) -> bool:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _lock_file(path: str) -> int:
+    """Return a descriptor of a new locked file. Whoever locks it between its making and our lock removes it: then anew."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(OSError):
+            if try_lock(fd) and os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        os.close(fd)
+
+
+def _remove_temps_of_the_dead(folder: str) -> None:
+    """Remove what writers left that hold no lock any more."""
+    names = os.listdir(folder)
+    living = set()
+    for name in names:
+        if name.endswith(LOCK_SUFFIX):
+            path = f"{folder}/{name}"
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    if try_lock(fd):
+                        _unlink(path)
+                    else:
+                        living.add(name.removesuffix(LOCK_SUFFIX))
+                finally:
+                    os.close(fd)
+    for name in names:
+        writer, separator, _ = name.partition("-")
+        if separator and writer not in living:
+            with contextlib.suppress(OSError):
+                _unlink(f"{folder}/{name}")
+
+
+@contextlib.contextmanager
+def _as_l2_error(action: str, root: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        reason = _REASONS.get(exc.errno or 0, Reason.ERROR)
+        raise L2Error(f"cannot {action} in {root}: {exc.strerror or exc}", code=reason) from exc

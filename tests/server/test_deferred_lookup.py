@@ -1,0 +1,157 @@
+"""A lookup that waits for a tier: who gets the answer, and who holds the pins afterwards."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmcache.metrics import Metrics
+from lmcache.pool import PAGE_BYTES
+from lmcache.protocol import Clear, EndSession, FreeLookupLocks, Lookup
+from lmcache.server.service import Answer
+from lmcache.storage.l2.tier import TierConfig
+from lmcache.storage.tiers import NamedAdapter, Tiers
+from tests.fakes import FakeTier
+from tests.pools import content, keys, wait_until
+from tests.server.harness import CHUNK_SIZE, ServiceHarness, service_in
+from tests.storage.tiered import put_value
+
+
+class Tiered:
+    """A service with a fake tier, driven by the test."""
+
+    def __init__(self, harness: ServiceHarness) -> None:
+        self.harness = harness
+        self.fake = FakeTier()
+        harness.metrics = harness.service.metrics = Metrics(["fake"])
+        config = TierConfig(chunk_size=CHUNK_SIZE, lookup_timeout_seconds=60.0, inflight_ratio=1.0)
+        adapters = [NamedAdapter("fake", "fake://", self.fake)]
+        self.tiers = harness.service.tiers = Tiers(adapters, harness.storage, config, harness.metrics, lambda: None)
+
+    def until_answered(self, answers: list[Answer]) -> Answer:
+        wait_until(lambda: (self.harness.service.tick(), answers)[1], "the answer")
+        [answer] = answers
+        return answer
+
+    def look_up(self, client_id: str | None, *numbers: int, delivered: bool = True, **fields: object) -> list[Answer]:
+        return self.harness.send(Lookup(client=client_id, request_id="r", **fields), [keys(*numbers)], delivered=delivered)
+
+
+@pytest.fixture
+def tiered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tiered]:
+    with service_in(tmp_path, monkeypatch) as harness:
+        tiered = Tiered(harness)
+        try:
+            yield tiered
+            tiered.fake.go()
+            wait_until(lambda: (tiered.tiers.tick(), not tiered.tiers.num_moving)[1], "an idle tier")
+        finally:
+            tiered.fake.go()
+            tiered.tiers.close(0.0)
+        harness.service.tiers = None
+
+
+def test_the_answer_pins_what_came_up_for_the_request(tiered: Tiered):
+    client = tiered.harness.client()
+    put_value(tiered.fake, 0, 1)
+    answer = tiered.until_answered(tiered.look_up(client.id, 0, 1, 2))
+    assert (answer.reply.hit_chunks, answer.reply.l1_chunks, answer.reply.l2_chunks) == (2, 2, 2)
+    assert tiered.harness.pins == 2
+    assert tiered.harness.value("lookup_chunks", "miss") == 3
+    assert tiered.harness.value("l2_promoted_chunks") == 2
+    assert tiered.harness.call(FreeLookupLocks(client=client.id, request_id="r")).released == 2
+
+
+def test_what_l1_has_in_full_is_answered_at_once(tiered: Tiered):
+    client = tiered.harness.client()
+    client.store(0, 1)
+    [answer] = tiered.look_up(client.id, 0, 1)
+    assert answer.reply.hit_chunks == 2
+    tiered.harness.call(EndSession(request_id="r"))
+
+
+def test_a_client_that_left_meanwhile_holds_no_pins(tiered: Tiered):
+    client = tiered.harness.client()
+    put_value(tiered.fake, 0)
+    tiered.fake.stop("get")
+    answers = tiered.look_up(client.id, 0)
+    wait_until(lambda: (tiered.tiers.tick(), tiered.fake.num_waiting)[1])
+    client.leave()
+    tiered.fake.go()
+    answer = tiered.until_answered(answers)
+    assert answer.reply.error is not None
+    assert answer.reply.error.code == "unknown_client"
+    assert tiered.harness.pins == 0
+
+
+def test_an_answer_that_cannot_be_delivered_holds_no_pins(tiered: Tiered):
+    client = tiered.harness.client()
+    put_value(tiered.fake, 0)
+    tiered.until_answered(tiered.look_up(client.id, 0, delivered=False))
+    assert tiered.harness.pins == 0
+
+
+def test_a_tier_that_hangs_delays_a_lookup_by_the_share_of_the_senders_patience(tiered: Tiered):
+    client = tiered.harness.client()
+    client.store(0)
+    put_value(tiered.fake, 1)
+    tiered.fake.stop("lengths")
+    answers = tiered.look_up(client.id, 0, 1, timeout_seconds=0.1)
+    assert not answers
+    assert tiered.until_answered(answers).reply.hit_chunks == 1
+    tiered.harness.call(EndSession(request_id="r"))
+
+
+def test_an_unknown_client_is_told_so_at_once(tiered: Tiered):
+    put_value(tiered.fake, 0)
+    [answer] = tiered.look_up("0" * 32, 0)
+    assert answer.reply.error is not None
+    assert answer.reply.error.code == "unknown_client"
+
+
+def test_requests_are_answered_while_a_lookup_waits(tiered: Tiered):
+    client = tiered.harness.client()
+    put_value(tiered.fake, 0)
+    tiered.fake.stop("lengths")
+    answers = tiered.look_up(client.id, 0)
+    client.store(5)
+    assert not answers
+    tiered.fake.go()
+    tiered.until_answered(answers)
+    tiered.harness.call(EndSession(request_id="r"))
+
+
+def test_a_clear_answers_the_lookup_that_waits_and_leaves_nothing(tiered: Tiered):
+    """EVI-7."""
+    client = tiered.harness.client()
+    client.store(0)
+    put_value(tiered.fake, 1)
+    tiered.fake.stop("get")
+    answers = tiered.look_up(client.id, 0, 1)
+    wait_until(lambda: (tiered.tiers.tick(), tiered.fake.num_waiting)[1])
+    cleared = tiered.harness.send(Clear(timeout_seconds=60.0))
+    assert [answer.reply.hit_chunks for answer in answers] == [1]
+    tiered.harness.call(EndSession(request_id="r"))
+    tiered.fake.go()
+    answer = tiered.until_answered(cleared)
+    assert answer.reply.objects == 1
+    assert answer.reply.tiers[0].done
+    assert tiered.until_answered(tiered.look_up(None, 0, 1)).reply.hit_chunks == 0
+    assert len(tiered.harness.storage.l1) == 0
+
+
+def test_a_clear_that_takes_too_long_says_so(tiered: Tiered):
+    tiered.fake.stop("clear")
+    cleared = tiered.harness.send(Clear(timeout_seconds=1.0))
+    assert not cleared
+    tiered.harness.pass_time(2.0)
+    [answer] = cleared
+    assert (answer.reply.tiers[0].done, answer.reply.tiers[0].error) == (False, "not done yet")
+
+
+def test_a_stored_chunk_reaches_the_tier_as_it_was_stored(tiered: Tiered):
+    client = tiered.harness.client()
+    client.store(3, namespace_id=11)
+    wait_until(lambda: (tiered.tiers.tick(), tiered.fake.values)[1])
+    [value] = tiered.fake.values.values()
+    assert value.endswith(content(3, PAGE_BYTES))

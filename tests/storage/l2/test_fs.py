@@ -1,0 +1,280 @@
+"""The folder's own matters: capacity, the index over restarts, several servers in one folder, writers that are killed."""
+
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lmcache.storage.l2 import fs as fs_module
+from lmcache.storage.l2.base import L2Error
+from lmcache.storage.l2.direct import ALIGNMENT, BOUNCE_BYTES, DirectIO
+from tests.storage.l2.test_contract import content, empty_parts, fetch, parts_of
+
+MIB = 1 << 20
+START_SECONDS = 60.0
+NUM_KILLS = 12
+
+
+def url(directory: Path, mib: float = 64, **settings: object) -> str:
+    more = "".join(f"&{name.replace('_', '-')}={value}" for name, value in settings.items())
+    return f"fs://{directory}/l2?capacity-gb={mib / 1024}{more}"
+
+
+def put(adapter, key: str, num_bytes: int = MIB) -> None:
+    adapter.put(key, [memoryview(content(key, num_bytes))])
+
+
+def files_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.rglob("*") if path.is_file()}
+
+
+def age(directory: Path, key: str, seconds: float) -> None:
+    [path] = directory.rglob(f"{key}.kv")
+    used_at = time.time() - seconds
+    os.utime(path, (used_at, used_at))
+
+
+def test_the_least_recently_used_value_goes_first(tmp_path, make):
+    adapter = make(url(tmp_path, mib=4))
+    for key in "abcd":
+        put(adapter, key)
+    assert fetch(adapter, "a", MIB) == content("a", MIB)
+    put(adapter, "e")
+    put(adapter, "f")
+    assert adapter.lengths(list("abcdef")) == [MIB, None, None, MIB, MIB, MIB]
+    usage = adapter.usage()
+    assert (usage.used_bytes, usage.capacity_bytes, usage.objects) == (4 * MIB, 4 * MIB, 4)
+
+
+def test_the_order_of_last_uses_outlives_the_server(tmp_path, make):
+    first = make(url(tmp_path, mib=4))
+    for key in "abcd":
+        put(first, key)
+    for key, seconds in (("a", 1000), ("b", 4000), ("c", 3000), ("d", 2000)):
+        age(tmp_path, key, seconds)
+    assert fetch(first, "c", MIB) is not None  # noted on disk: the last note is old
+    first.close()
+    second = make(url(tmp_path, mib=4))
+    assert second.usage().used_bytes == 4 * MIB
+    put(second, "e")
+    put(second, "f")
+    assert second.lengths(list("abcdef")) == [MIB, None, MIB, None, MIB, MIB]
+
+
+def test_a_smaller_capacity_holds_from_the_next_put_on(tmp_path, make):
+    for number in range(8):
+        put(make(url(tmp_path, mib=8)), str(number))
+    smaller = make(url(tmp_path, mib=3))
+    put(smaller, "new")
+    assert smaller.usage().used_bytes <= 3 * MIB
+    assert smaller.lengths(["new"]) == [MIB]
+
+
+def test_a_value_larger_than_the_capacity_evicts_nothing(tmp_path, make):
+    adapter = make(url(tmp_path, mib=2))
+    put(adapter, "a")
+    with pytest.raises(L2Error, match="larger than") as caught:
+        put(adapter, "b", 3 * MIB)
+    assert caught.value.code == "full"
+    assert adapter.lengths(["a", "b"]) == [MIB, None]
+
+
+def test_without_a_capacity_four_fifths_of_the_free_space_are_used(tmp_path, make):
+    adapter = make(f"fs://{tmp_path}/l2")
+    put(adapter, "a")
+    disk = os.statvfs(tmp_path)
+    assert adapter.usage().capacity_bytes == pytest.approx(disk.f_bavail * disk.f_frsize * 0.8, rel=0.1)
+
+
+def test_two_servers_share_a_folder_and_keep_it_within_its_capacity(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(fs_module, "RESCAN_SECONDS", 0.0)
+    one, other = make(url(tmp_path, mib=6)), make(url(tmp_path, mib=6))
+    for number in range(20):
+        put(one if number % 2 else other, f"{number}")
+        one._next_scan_at = other._next_scan_at = 0.0  # as if the time had passed
+    assert one.usage().used_bytes == other.usage().used_bytes <= 6 * MIB
+    assert sum(length is not None for length in one.lengths([str(number) for number in range(20)])) <= 6
+    assert fetch(one, "18", MIB) == content("18", MIB)
+
+
+def test_what_another_server_used_lately_is_not_evicted_as_old(tmp_path, make):
+    one, other = make(url(tmp_path, mib=3)), make(url(tmp_path, mib=3))
+    for key in "abc":
+        put(one, key)
+        age(tmp_path, key, 1000)
+    one._index.clear()
+    one._used, one._next_scan_at = 0, 0.0
+    one.usage()  # the index knows the old times now
+    assert fetch(other, "a", MIB) is not None
+    put(one, "d")
+    assert [length is not None for length in one.lengths(list("abcd"))].count(True) == 3
+    assert one.lengths(["a", "d"]) == [MIB, MIB]
+
+
+def test_a_value_that_vanishes_is_a_miss(tmp_path, make):
+    adapter, other = make(url(tmp_path)), make(url(tmp_path))
+    put(adapter, "a")
+    assert other.delete(["a"]) == 1
+    assert fetch(adapter, "a", MIB) is None
+    assert adapter.delete(["a"]) == 0
+    assert adapter.usage().used_bytes == 0
+
+
+def test_a_value_that_is_evicted_while_it_is_read_is_read_to_its_end(tmp_path, make, monkeypatch):
+    adapter = make(url(tmp_path))
+    put(adapter, "a", 3 * MIB)
+    real = DirectIO.read
+
+    def read(self, fd, parts):
+        adapter.delete(["a"])
+        return real(self, fd, parts)
+
+    monkeypatch.setattr(DirectIO, "read", read)
+    assert fetch(adapter, "a", 3 * MIB) == content("a", 3 * MIB)
+
+
+def test_the_folder_may_be_removed_and_comes_back(tmp_path, make):
+    adapter = make(url(tmp_path))
+    put(adapter, "a")
+    (tmp_path / "l2").rename(tmp_path / "gone")
+    assert fetch(adapter, "a", MIB) is None
+    put(adapter, "a")
+    assert fetch(adapter, "a", MIB) == content("a", MIB)
+
+
+def test_files_that_are_no_values_are_neither_counted_nor_served_nor_removed(tmp_path, make):
+    adapter = make(url(tmp_path))
+    put(adapter, "a")
+    [value] = (tmp_path / "l2").rglob("a.kv")
+    (value.parent / "notes.txt").write_text("mine")
+    (value.parent / "wrong-folder.kv").write_text("mine")
+    (value.parent / "folder.kv").mkdir()
+    (tmp_path / "l2" / "README").write_text("mine")
+    (value.parent / "link.kv").symlink_to(tmp_path / "l2" / "README")
+    again = make(url(tmp_path))
+    assert again.usage().objects == 1
+    assert again.lengths(["notes", "notes.txt", "README"]) == [None] * 3
+    assert again.clear() == 1
+    assert {"notes.txt", "wrong-folder.kv", "README", "link.kv"} <= files_in(tmp_path)
+
+
+def test_only_its_user_can_read_a_value(tmp_path, make):
+    put(make(url(tmp_path)), "a")
+    for path in [tmp_path / "l2", *(tmp_path / "l2").rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+# -- direct I/O ------------------------------------------------------------------------------------
+
+
+def test_aligned_memory_goes_to_the_file_as_it_lies(tmp_path, monkeypatch):
+    """What is page-aligned is handed to the kernel itself; only the rest is copied."""
+    moved = []
+    real = os.pwritev
+
+    def pwritev(fd, vectors, at):
+        moved.extend(vectors)
+        return real(fd, vectors, at)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    chunk = memoryview(mmap.mmap(-1, 2 * MIB))
+    chunk[:] = content("chunk", 2 * MIB)
+    io = DirectIO(True)
+    fd = io.open(str(tmp_path / "file"), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        if not io.is_direct:
+            pytest.skip(f"{tmp_path} is on a file system without direct I/O")
+        io.write(fd, [memoryview(bytes(ALIGNMENT)), chunk, memoryview(b"tail")], ALIGNMENT + 2 * MIB + 4)
+    finally:
+        os.close(fd)
+    assert [len(vector) for vector in moved] == [ALIGNMENT, 2 * MIB, ALIGNMENT]
+    assert moved[1].obj is chunk.obj
+    assert (tmp_path / "file").read_bytes() == bytes(ALIGNMENT) + bytes(chunk) + b"tail"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_parts_survive_direct_io(tmp_path, seed):
+    random_ = random.Random(seed)
+    lengths = [random_.choice([1, 77, 4095, 4096, 8192, 12289, BOUNCE_BYTES, BOUNCE_BYTES + 1]) for _ in range(12)]
+    value = random_.randbytes(sum(lengths))
+    cuts = [sum(lengths[:number]) for number in range(1, len(lengths))]
+    io = DirectIO(True)
+    fd = io.open(str(tmp_path / "file"), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    io.write(fd, parts_of(value, *cuts), len(value))
+    os.close(fd)
+    assert (tmp_path / "file").read_bytes() == value
+    random_.shuffle(lengths)
+    parts = empty_parts(len(value), *(sum(lengths[:number]) for number in range(1, len(lengths))))
+    fd = io.open(str(tmp_path / "file"), os.O_RDONLY)
+    assert io.read(fd, parts) == len(value)
+    os.close(fd)
+    assert b"".join(parts) == value
+
+
+# -- writers that are killed -----------------------------------------------------------------------
+
+WRITER = """
+import sys
+from lmcache.storage.l2.spec import make_adapter, parse_adapter
+from tests.storage.l2.test_contract import content, parts_of
+adapter = make_adapter(parse_adapter(sys.argv[1]))
+values = [content(number, 2 << 20) for number in range(4)]
+parts = [parts_of(value, 4096) for value in values]
+print("ready", flush=True)
+while True:
+    for number in range(4):
+        adapter.put(str(number), parts[number])
+"""
+
+
+def test_a_killed_writer_leaves_whole_values_and_nothing_else(tmp_path, make):
+    random_ = random.Random()
+    reader = make(url(tmp_path))
+    for _ in range(NUM_KILLS):
+        child = subprocess.Popen([sys.executable, "-c", WRITER, url(tmp_path)], stdout=subprocess.PIPE, cwd=Path.cwd())
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+            deadline = time.monotonic() + random_.uniform(0, 0.1)
+            while time.monotonic() < deadline:
+                check_values(reader)
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.wait(START_SECONDS)
+            child.stdout.close()
+        check_values(reader)
+    again = make(url(tmp_path))
+    again.ping()
+    assert {name for name in files_in(tmp_path / "l2" / "tmp") if not name.endswith(".lock")} == set()
+    assert again.usage().objects == len(check_values(again))
+
+
+def check_values(adapter) -> list[str]:
+    """Each value is the one that was put, or it is not there."""
+    found = []
+    for number in range(4):
+        value = fetch(adapter, str(number), 2 * MIB, 4096)
+        assert value in (None, content(number, 2 * MIB))
+        found += [str(number)] if value is not None else []
+    return found
+
+
+def test_a_living_writers_file_is_left_alone(tmp_path, make, monkeypatch):
+    """Another server starts while a value is written."""
+    one, other = make(url(tmp_path)), make(url(tmp_path))
+    real = DirectIO.write
+
+    def write(self, fd, parts, length):
+        monkeypatch.setattr(DirectIO, "write", real)
+        other.ping()  # cleans up as its first use of the folder
+        real(self, fd, parts, length)
+
+    monkeypatch.setattr(DirectIO, "write", write)
+    put(one, "a")
+    assert fetch(other, "a", MIB) == content("a", MIB)
