@@ -33,6 +33,7 @@ class TcpProxy:
     cut_up, cut_down: reset the connection once so many bytes of it went to the server, to the client.
     flip_down: change a bit of this byte (counted from the connection's start) on its way to the client.
     up_tail: the last bytes that a client said.
+    num_down: bytes that went to clients so far.
     turns: how often a client spoke after the server had: its round trips.
     """
 
@@ -45,6 +46,7 @@ class TcpProxy:
         self.cut_up: int | None = None
         self.cut_down: int | None = None
         self.flip_down: int | None = None
+        self.num_down = 0
         self.turns = 0
         self.up_tail = b""
         self._speaker: socket.socket | None = None
@@ -116,6 +118,7 @@ class TcpProxy:
             self.up_tail = (self.up_tail + bytes(data))[-TAIL_BYTES:]
         else:
             pipe.down += len(data)
+            self.num_down += len(data)
         if is_cut:
             self._close(pipe, reset=True)
 

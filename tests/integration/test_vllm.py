@@ -8,7 +8,6 @@ import concurrent.futures
 import contextlib
 import os
 import signal
-import subprocess
 import time
 
 import pytest
@@ -19,6 +18,7 @@ from tests.chaos.waiting import wait_until
 from tests.cli.conftest import Cli
 from tests.integration.conftest import BUILT_IN, CHUNK_SIZE, STEP_TOKENS, Engine, is_at_rest, make_prompt
 from tests.server_process import running_lmcache
+from tests.tcp_proxy import TcpProxy
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -263,61 +263,46 @@ def test_the_first_request_after_an_engine_restart_is_warm(engines, stored):
         assert (text, counts) == (stored[name]["prompt"], {"hit": CACHED, "loaded": CACHED, "stored": 0})
 
 
-@pytest.fixture
-def asked(engines):
-    """Return a way to start `query engine` with an answer that takes long, under way when it returns; and its engine."""
-    engine = engines["built-in"]
-    with contextlib.ExitStack() as stack:
-
-        def start(*words):
-            # Counted with the first token. A count of output tokens may still grow by those of the answer before.
-            before = engine.metric("vllm:prompt_tokens_total")
-            command = ["query", "engine", "--url", engine.url, "--prompt", "go on", "--max-tokens", "8000", "--ignore-eos"]
-            process = stack.enter_context(running_lmcache(*command, *words))
-
-            def is_answering() -> bool:
-                assert process.poll() is None, process.communicate()
-                return engine.metric("vllm:prompt_tokens_total") > before
-
-            wait_until(is_answering, "the engine answers", 120)
-            return process
-
-        yield engine, start
+# More than what comes before an answer; the whole answer has 40 times as many.
+BEGUN_BYTES = 40_000
 
 
-def freeze_within_an_answer(engine, start, *words):
-    """Return a command that waits for the rest of an answer; the engine is stopped."""
-    for _ in range(5):
-        process = start(*words)
-        os.killpg(engine.group, signal.SIGSTOP)
+@contextlib.contextmanager
+def frozen_within_an_answer(engine, *words):
+    """Yield a command that waits for the rest of an answer; the engine is stopped.
+
+    The command's own connection tells that the answer has begun: a vLLM that lags behind its engine answers nothing else.
+    """
+    command = ["query", "engine", "--prompt", "go on", "--max-tokens", "8000", "--ignore-eos", *words]
+    with TcpProxy(engine.port) as proxy, running_lmcache(*command, "--url", f"http://127.0.0.1:{proxy.port}") as process:
+        wait_until(lambda: process.poll() is not None or proxy.num_down > BEGUN_BYTES, "the engine answers", 300)
+        group = engine.group
+        os.killpg(group, signal.SIGSTOP)
         try:
-            process.wait(timeout=3)  # for what is on the way
-        except subprocess.TimeoutExpired:
-            return process
-        os.killpg(engine.group, signal.SIGCONT)  # the answer was over before anybody noticed that it had begun
-    raise AssertionError("the answers are too short to freeze the engine within one")
+            assert process.poll() is None, process.communicate()
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGCONT)
 
 
-def test_an_engine_that_freezes_within_its_answer_is_exit_code_3(asked):
-    engine, start = asked
-    process = freeze_within_an_answer(engine, start, "--timeout", "15")
-    try:
+def test_an_engine_that_freezes_within_its_answer_is_exit_code_3(engines):
+    engine = engines["built-in"]
+    with frozen_within_an_answer(engine, "--timeout", "15") as process:
         output, error = process.communicate(timeout=300)
         for command in (["ping"], ["describe"], ["query", "engine", "--prompt", "x"]):
             words = [command[0], "engine", *command[2:], "--timeout", "0.5", "--url", engine.url]
             assert "within 0.5 s" in Cli("").refused(*words, code=3)
-    finally:
-        os.killpg(engine.group, signal.SIGCONT)
     assert process.returncode == 3, output
     assert "no token from" in error
 
 
-def test_an_engine_that_dies_within_its_answer_is_exit_code_3(asked):
+def test_an_engine_that_dies_within_its_answer_is_exit_code_3(engines):
     """Last: nothing answers afterwards."""
-    engine, start = asked
-    process = freeze_within_an_answer(engine, start, "--timeout", "60")
-    engine.kill()
-    output, error = process.communicate(timeout=300)
+    engine = engines["built-in"]
+    with frozen_within_an_answer(engine, "--timeout", "60") as process:
+        engine.kill()
+        output, error = process.communicate(timeout=300)
     assert process.returncode == 3, output
     assert "ended the connection within its answer" in error
     assert "cannot connect to" in Cli("").refused("ping", "engine", "--url", engine.url, code=3)
