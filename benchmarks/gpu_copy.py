@@ -20,9 +20,10 @@ import torch
 from common import report, server, wait_resident
 
 from lmcache.client.kvcache import KVCacheClient
+from lmcache.integration.vllm.utils import ConnectorConfig
 from lmcache.keys import Namespace, chunk_keys
 from lmcache.layout import KVLayout
-from lmcache.transfer.cuda import DEFAULT_STAGING_BYTES, CudaCopier
+from lmcache.transfer.cuda import CudaCopier
 from lmcache.transfer.driver import driver
 from lmcache.transfer.pinning import PoolPinner, address_of
 
@@ -87,7 +88,7 @@ class Engine:
     def __init__(self, num_layers: int, block_bytes: int, num_blocks: int, pinner: PoolPinner) -> None:
         self.layout = KVLayout(num_layers=num_layers, num_planes=1, block_bytes=block_bytes, block_size=16, dtype="bfloat16")
         self.kv = torch.randint(0, 256, (num_layers, num_blocks, block_bytes), dtype=torch.uint8, device="cuda")
-        self.copier = CudaCopier(self.layout, list(self.kv))
+        self.copier = CudaCopier(self.layout, list(self.kv), ConnectorConfig.staging_bytes)
         self.copier.pinned = pinner
         self.ids = random.Random(1).sample(range(num_blocks), num_blocks)
 
@@ -252,7 +253,7 @@ def main() -> None:
         device=device,
         pinned_gib=args.l1_gib,
         pin_seconds=round(pin_seconds, 2),
-        staging_mib=DEFAULT_STAGING_BYTES // MIB,
+        staging_mib=ConnectorConfig.staging_bytes // MIB,
         sizes=sizes,
         both_ways=both,
         pages=pages,

@@ -127,7 +127,7 @@ def measure_ttft(ours: Engine, plain: Engine, cache: Cache, num_tokens: int, rep
     return figures
 
 
-# Llama 3.1 8B in bf16; read from the server once an engine has registered.
+# Of a Llama 3.1 8B in bf16; the floor of another model needs another figure.
 KV_BYTES_PER_TOKEN = 131072
 
 

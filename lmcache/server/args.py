@@ -21,6 +21,7 @@ from lmcache.pool import PAGE_BYTES
 from lmcache.protocol import DEFAULT_HTTP_PORT, DEFAULT_ZMQ_PORT
 from lmcache.storage.eviction import POLICIES
 from lmcache.storage.l2.spec import AdapterSpec, parse_adapter
+from lmcache.storage.parsing import number
 from lmcache.storage.sizing import GIB
 
 ENGINE_TYPES = ("default", "blend")
@@ -39,19 +40,6 @@ def _switch(text: str) -> bool:
     if text.lower() in ("0", "false", "no", "off", ""):
         return False
     raise ValueError("expected 1 or 0")
-
-
-def _number(kind: type[int] | type[float], low: float, high: float) -> Parse:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}") from None
-        if not low <= value <= high:
-            raise ValueError(f"expected {low:g} to {high:g}")
-        return value
-
-    return parse
 
 
 def _mode(text: str) -> int:
@@ -113,21 +101,19 @@ class MPServerSettings:
     host: str = _setting("127.0.0.1", _text, "address of the ZMQ socket; 0.0.0.0 lets other hosts in", "HOST")
     port: int = _setting(
         DEFAULT_ZMQ_PORT,
-        _number(int, 0, 65535),
+        number(int, 0, 65535),
         "port of the ZMQ socket; 0 takes a free one",
         "PORT",
     )
     chunk_size: int = _setting(
         256,
-        _number(int, 1, 1 << 20),
+        number(int, 1, 1 << 20),
         "tokens in a chunk; a multiple of the engines' block size",
         "TOKENS",
     )
-    client_lease_seconds: float = _setting(
-        15.0, _number(float, 1, 3600), "how long a client on another host may be silent", "S"
-    )
+    client_lease_seconds: float = _setting(15.0, number(float, 1, 3600), "how long a client on another host may be silent", "S")
     pin_timeout_seconds: float = _setting(
-        600.0, _number(float, 1, 86400), "how long a request may hold chunks without a word", "S"
+        600.0, number(float, 1, 86400), "how long a request may hold chunks without a word", "S"
     )
 
 
@@ -137,26 +123,26 @@ class StorageManagerSettings:
 
     l1_size_gb: float = _setting(
         0.0,
-        _number(float, 0, 1 << 20),
+        number(float, 0, 1 << 20),
         "size of L1 in GiB; 0 takes a quarter of the memory to be had, at most 64",
         "GIB",
     )
     max_chunks: int = _setting(
         0,
-        _number(int, 0, 1 << 28),
+        number(int, 0, 1 << 28),
         "how many chunks L1 can hold; 0: one for each 64 KiB of it",
         "N",
     )
     eviction_policy: str = _setting("LRU", _choice(tuple(POLICIES)), "what goes first", "{" + ",".join(POLICIES) + "}")
     eviction_watermark: float = _setting(
         0.95,
-        _number(float, 0.01, 1),
+        number(float, 0.01, 1),
         "share of L1 in use above which chunks are evicted before room is needed",
         "RATIO",
     )
     eviction_ratio: float = _setting(
         0.05,
-        _number(float, 0.001, 1),
+        number(float, 0.001, 1),
         "share of L1 that such a pass frees; at most the watermark",
         "RATIO",
     )
@@ -185,20 +171,20 @@ class StorageManagerSettings:
         L2_POLICIES[0], _choice(L2_POLICIES), "when chunks are written to L2", "{" + ",".join(L2_POLICIES) + "}"
     )
     l2_lookup_timeout_seconds: float = _setting(
-        1.0, _number(float, 0.001, 60), "how long a lookup waits for L2; then it is answered with what is in L1", "S"
+        1.0, number(float, 0.001, 60), "how long a lookup waits for L2; then it is answered with what is in L1", "S"
     )
     l2_min_tokens_per_second: float = _setting(
         1000.0,
-        _number(float, 0, 1e9),
+        number(float, 0, 1e9),
         "what your engine computes; a hit that L2 is expected to deliver more slowly is not waited for",
         "N",
     )
     l2_inflight_ratio: float = _setting(
-        0.5, _number(float, 0.001, 1), "share of L1 that chunks on their way up from L2 may take", "RATIO"
+        0.5, number(float, 0.001, 1), "share of L1 that chunks on their way up from L2 may take", "RATIO"
     )
-    l2_read_threads: int = _setting(4, _number(int, 1, 64), "reads from a tier side by side", "N")
-    l2_write_threads: int = _setting(2, _number(int, 1, 64), "writes to a tier side by side", "N")
-    l2_drain_seconds: float = _setting(10.0, _number(float, 0, 3600), "how long a server that ends goes on writing to L2", "S")
+    l2_read_threads: int = _setting(4, number(int, 1, 64), "reads from a tier side by side", "N")
+    l2_write_threads: int = _setting(2, number(int, 1, 64), "writes to a tier side by side", "N")
+    l2_drain_seconds: float = _setting(10.0, number(float, 0, 3600), "how long a server that ends goes on writing to L2", "S")
 
 
 @dataclass(frozen=True)
@@ -209,7 +195,7 @@ class PrometheusSettings:
     metrics_host: str = _setting("127.0.0.1", _text, "address of a port for metrics alone", "HOST")
     metrics_port: int = _setting(
         0,
-        _number(int, 0, 65535),
+        number(int, 0, 65535),
         "port for metrics alone, beside the HTTP port's /metrics; 0: none",
         "PORT",
     )
@@ -223,7 +209,7 @@ class TelemetrySettings:
     log_format: str = _setting("text", _choice(("text", "json")), "one line of text or of JSON", "{text,json}")
     status_interval_seconds: float = _setting(
         30.0,
-        _number(float, 0, 86400),
+        number(float, 0, 86400),
         "how often a status line is logged while there is traffic; 0: never",
         "S",
     )
@@ -237,7 +223,7 @@ class HttpFrontendSettings:
     http_host: str = _setting("127.0.0.1", _text, "address of the HTTP frontend", "HOST")
     http_port: int = _setting(
         DEFAULT_HTTP_PORT,
-        _number(int, 0, 65535),
+        number(int, 0, 65535),
         "port of the HTTP frontend; 0 takes a free one",
         "PORT",
     )

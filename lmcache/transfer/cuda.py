@@ -39,7 +39,6 @@ from lmcache.transfer.driver import driver
 from lmcache.transfer.kernels import SKIPPED, BlockMover
 from lmcache.transfer.pinning import PoolPinner, address_of
 
-DEFAULT_STAGING_BYTES = 128 << 20
 # In each direction: one is on the wire while the kernel works on the other. Four of half the size were no faster (H100).
 NUM_SLOTS = 2
 # As long as copies to host wait in a queue, a sampled token's copy does not get its turn: at 8k tokens the first token came
@@ -171,7 +170,7 @@ class CudaCopier(ChunkCopier):
         self,
         layout: KVLayout,
         planes: Sequence[torch.Tensor],
-        staging_bytes: int = DEFAULT_STAGING_BYTES,
+        staging_bytes: int,
         uses_triton: bool | None = None,
     ) -> None:
         super().__init__(layout, planes[0].shape[0] if planes else 0)
@@ -197,11 +196,6 @@ class CudaCopier(ChunkCopier):
         self.pinned: Pinned = Pageable()
         self.unpinned_bytes = 0
         self._warm_up()
-
-    @property
-    def uses_triton(self) -> bool:
-        """Whether one launch moves all layers."""
-        return self._mover.uses_triton
 
     def fence(self) -> torch.cuda.Event:
         """Return an event after all that the current stream was given so far."""

@@ -36,18 +36,14 @@ class StoreJob:
         self.plan_number = plan_number
         self.span = span
         self.fence = fence
-        self.is_cancelled = False
-
-    def was_cancelled(self) -> bool:
-        """Whether the blocks are no longer the request's."""
-        return self.is_cancelled
+        self.is_cancelled = False  # the blocks are no longer the request's
 
 
 class BackgroundStores:
     """A queue of stores and the thread that carries them out. Its methods are the main thread's and do not wait.
 
     Args:
-        store: carries out one job; it raises nothing and asks `was_cancelled` before each piece that it reads.
+        store: carries out one job; it raises nothing and looks at `is_cancelled` before each piece that it reads.
         prepare_thread: called in the thread before the first job; it raises nothing.
     """
 
@@ -63,8 +59,8 @@ class BackgroundStores:
         self._thread = threading.Thread(target=self._run, name="lmcache-store", daemon=True)
         self._thread.start()
 
-    def submit(self, plan_number: int, spans: Sequence[StoreSpan], fence: Any) -> int:
-        """Queue a plan's stores; return how many chunks were dropped because too many wait already."""
+    def submit(self, plan_number: int, spans: Sequence[StoreSpan], fence: Any) -> None:
+        """Queue a plan's stores; those for which too many wait already are dropped."""
         num_dropped = 0
         with self._changed:
             self._last_plan = plan_number
@@ -77,7 +73,6 @@ class BackgroundStores:
             self._changed.notify()
         if num_dropped:
             self._log.warning("dropped", f"stores do not keep up: {num_dropped} chunks were not stored")
-        return num_dropped
 
     @property
     def done_up_to(self) -> int:

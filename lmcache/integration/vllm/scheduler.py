@@ -53,7 +53,8 @@ class TrackedRequest:
 
     `tokens` are vLLM's own and grow; `keys` covers their whole chunks, up to the last time somebody
     needed them. `lookup` is under way; its answer for the admission to come is `hit_chunks`, which lie
-    at `places`, valid in the server life `hit_boot`. Chunks before `stored_chunks` need not be offered for storing. While
+    at `places`, valid in the server life `hit_boot`. Chunks before `stored_chunks` need not be offered for storing;
+    the last plan that stores any has the number `last_store`. While
     some blocks are distrusted, `own_from` is the token from which on the request has computed all KV
     itself, and from trusted blocks.
     """

@@ -43,7 +43,7 @@ class ConnectorConfig:
     # Waited for in full only when the server freezes. Computing a long prompt takes longer than a busy host needs to answer.
     lookup_timeout_seconds: float = 2.0
     saves_decode: bool = False
-    # Of a GPU, for each rank. Four slots a direction: 16 MiB of each chunk are under way at once.
+    # Of a GPU, for each rank: two slots of 32 MiB for each direction.
     staging_bytes: int = 128 << 20
 
     @classmethod

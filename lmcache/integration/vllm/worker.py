@@ -237,7 +237,7 @@ class WorkerHalf:
                 block for index in reservation.reserved_indices() for block in span.block_ids[index * size : (index + 1) * size]
             ]
             try:
-                copier.gather(block_ids, reservation.extents, job.fence, job.was_cancelled)
+                copier.gather(block_ids, reservation.extents, job.fence, lambda: job.is_cancelled)
             except StuckTransferError:
                 self._is_stuck = True
                 reservation.keep_for_ever()

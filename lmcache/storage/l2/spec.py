@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from lmcache.errors import UsageError
 from lmcache.storage.l2.base import L2Adapter
+from lmcache.storage.parsing import number
 
 ADAPTERS = {
     "fs": "lmcache.storage.l2.fs:FsAdapter",
@@ -72,19 +73,6 @@ def _switch(text: str) -> bool:
     raise ValueError("expected 1 or 0")
 
 
-def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}") from None
-        if not low <= value <= high:
-            raise ValueError(f"expected {low:g} to {high:g}")
-        return value
-
-    return parse
-
-
 def _endpoint(text: str) -> str:
     parts = urlsplit(text)
     if text and (parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None):
@@ -108,7 +96,7 @@ class FsSettings:
     path: str = _setting(MISSING, _folder, "the folder; it is made when it is not there", in_url="path")
     capacity_gb: float = _setting(
         0.0,
-        _number(float, 0, 1 << 30),
+        number(float, 0, 1 << 30),
         "GiB that values may take; 0: what they take at first use, and four fifths of what is free",
     )
     direct_io: bool = _setting(True, _switch, "pass by the page cache where the file system can")
@@ -119,8 +107,8 @@ class RedisSettings:
     """A Redis or Valkey server, or a cluster of them."""
 
     host: str = _setting("localhost", _name, "of the server, or of any node of the cluster", in_url="host")
-    port: int = _setting(6379, _number(int, 1, 65535), "its port", in_url="port")
-    db: int = _setting(0, _number(int, 0, 1 << 16), "number of the database; a cluster has only 0", in_url="path")
+    port: int = _setting(6379, number(int, 1, 65535), "its port", in_url="port")
+    db: int = _setting(0, number(int, 0, 1 << 16), "number of the database; a cluster has only 0", in_url="path")
     username: str = _setting("", _text, "ACL user", in_url="user")
     password: str = _setting("", _text, "its password", in_url="password", is_secret=True)
     password_file: str = _setting("", _text, "file with the password on one line")
@@ -128,9 +116,9 @@ class RedisSettings:
     cluster: bool = _setting(False, _switch, "the server is a node of a cluster; `redis+cluster://` sets it", in_url="scheme")
     ca_file: str = _setting("", _text, "certificates that sign the server's; empty: the system's")
     prefix: str = _setting("lmcache:", _prefix, "what the names of all values begin with; `clear` removes no others")
-    ttl_seconds: int = _setting(0, _number(int, 0, 1 << 31), "how long a value stays after its put; 0: until it is evicted")
-    timeout_seconds: float = _setting(5.0, _number(float, 0.01, 3600), "how long to wait to connect, and for each answer")
-    max_connections: int = _setting(16, _number(int, 1, 1024), "connections to each server")
+    ttl_seconds: int = _setting(0, number(int, 0, 1 << 31), "how long a value stays after its put; 0: until it is evicted")
+    timeout_seconds: float = _setting(5.0, number(float, 0.01, 3600), "how long to wait to connect, and for each answer")
+    max_connections: int = _setting(16, number(int, 1, 1024), "connections to each server")
 
 
 @dataclass(frozen=True)
@@ -144,9 +132,9 @@ class ObjectStoreSettings:
     account: str = _setting("", _text, "Azure only: the storage account")
     access_key_id: str = _setting("", _text, "S3 only; empty: what the environment or the machine's role gives", is_secret=True)
     secret_access_key: str = _setting("", _text, "belongs to access-key-id", is_secret=True)
-    timeout_seconds: float = _setting(10.0, _number(float, 0.01, 3600), "how long one request may take")
-    retries: int = _setting(2, _number(int, 0, 10), "how often a failed request is tried again, within one timeout in all")
-    max_requests: int = _setting(32, _number(int, 1, 1024), "requests of one call at the same time")
+    timeout_seconds: float = _setting(10.0, number(float, 0.01, 3600), "how long one request may take")
+    retries: int = _setting(2, number(int, 0, 10), "how often a failed request is tried again, within one timeout in all")
+    max_requests: int = _setting(32, number(int, 1, 1024), "requests of one call at the same time")
 
 
 Settings = FsSettings | RedisSettings | ObjectStoreSettings

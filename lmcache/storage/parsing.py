@@ -1,0 +1,21 @@
+"""Reading numbers that people write: in the server's flags and in the settings of L2 adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
+    """Return a parser of numbers from `low` to `high`; it raises a ValueError that says what was expected."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}") from None
+        if not low <= value <= high:
+            raise ValueError(f"expected {low:g} to {high:g}")
+        return value
+
+    return parse
