@@ -1,13 +1,16 @@
 """Copies between an engine's KV on a GPU and chunks in the mapped pool, at the speed of the wire.
 
-Comes in: an engine's KV tensors and extents of the pool. Goes out: `CudaCopier`. A kernel (`kernels.py`) gathers the blocks
-of a piece, all its layers, into one of some slots of device memory; the copy engine takes the slot to the extents while the
-kernel fills the next. Loads go the other way, through slots of their own, so that both directions run at once:
+Comes in: an engine's KV tensors and extents of the pool. Goes out: `CudaCopier`. A kernel (`kernels.py`) gathers the blocks of
+a piece, all its layers, into a slot of device memory, and the copy engine takes the slot to the extents. Loads go the other
+way, through slots of their own, so that both directions run at once:
 
-    store   compute --event--> | gather into slot 0 | gather into slot 1 | ... wait for copy 0, gather into slot 0
+    store, the wire all ours   | gather into slot 0 | gather into slot 1 | ... after copy 0, gather into slot 0
                                .....................| copy slot 0 to host| copy slot 1 to host ...
-    load    | copy to slot 0 | copy to slot 1 | ... wait for scatter 0, copy to slot 0
-            .................| scatter slot 0 | scatter slot 1 ... --event--> compute
+    store, beside an engine    compute --event--> | gather | copy to host | gather | copy to host ...
+    load                       | copy to slot 0 | copy to slot 1 | ... after scatter 0, copy to slot 0
+                               .................| scatter slot 0 | scatter slot 1 ... --event--> compute
+
+Beside an engine all is handed over while the step before still computes: not a line of Python runs while the next one does.
 
 Nothing runs in a stream's callback. Every wait of the host has a deadline; one that passes leaves a copy that may still
 write: that is a `StuckTransferError`, after which the extents must not be given back to the server while this process lives.
@@ -16,10 +19,11 @@ write: that is a `StuckTransferError`, after which the extents must not be given
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -41,13 +45,14 @@ from lmcache.transfer.pinning import PoolPinner, address_of
 
 # In each direction: one is on the wire while the kernel works on the other. Four of half the size were no faster (H100).
 NUM_SLOTS = 2
-# As long as copies to host wait in a queue, a sampled token's copy does not get its turn: at 8k tokens the first token came
-# 13 ms late (H100). So beside an engine that computes, a store fills its slots, lets the queue run dry, and only then goes on.
-WIRE_BYTES_PER_SECOND = 60e9
-FIRST_POLL_SECONDS = 20e-6
-LAST_POLL_SECONDS = 100e-6
-# For what takes as long as a step: each look costs the engine's own thread the GIL.
-STEP_POLL_SECONDS = 1e-3
+# While nothing else goes on, an event is looked at without a pause for so long; a GiB takes 20 ms.
+SPIN_SECONDS = 0.1
+POLL_SECONDS = 100e-6
+# Beside an engine: each look costs the engine's own thread the GIL.
+CALM_POLL_SECONDS = 1e-3
+# Where the wire has to wait for the kernel, at a store's start and a load's end, a piece is cut if it is as long as this: the
+# kernel takes 27 µs for 32 MiB (H100), the host 25 µs to hand over one more piece.
+MIN_CUT_BYTES = 16 << 20
 
 
 class Pinned(Protocol):
@@ -80,41 +85,43 @@ class Piece:
     planes: range
     blocks: range
 
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks, counted in each plane."""
+        return len(self.chunks) * len(self.planes) * len(self.blocks)
 
-@dataclass
+
 class Slot:
-    """Device memory for one piece, and the event after which it may be filled again."""
+    """Device memory for one piece."""
 
-    buffer: torch.Tensor
-    is_free: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer = buffer
+        self.is_filled = torch.cuda.Event()
+        self.is_free = torch.cuda.Event()
 
 
 class Lane:
-    """The slots and streams of one direction."""
+    """The streams and the device memory of one direction: two slots, or one of twice the size in their place."""
 
-    def __init__(self, device: torch.device, slot_bytes: int) -> None:
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
         # Kernels of a few µs: ahead of the model's, where both are ready.
         self.kernels = torch.cuda.Stream(device, priority=-1)
         self.copies = torch.cuda.Stream(device)
-        self._slots = [Slot(torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for _ in range(NUM_SLOTS)]
-        self._next = 0
-
-    def last_slot(self) -> Slot:
-        """Return the slot that was used last."""
-        return self._slots[self._next]
-
-    def next_slot(self) -> Slot:
-        """Return the slot that was used longest ago."""
-        self._next = (self._next + 1) % NUM_SLOTS
-        return self._slots[self._next]
+        buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.slots = itertools.cycle([Slot(part) for part in buffer.chunk(NUM_SLOTS)])
+        self.whole = itertools.repeat(Slot(buffer))
 
 
 class CudaTransfer(Transfer):
     """A transfer that the device has been handed; keeps alive what it needs."""
 
-    def __init__(self, kept: Sequence[Any] = ()) -> None:
+    def __init__(self, *kept: Any) -> None:
         self._done = torch.cuda.Event()
-        self._kept = kept
+        self._kept = list(kept)
+
+    def keep(self, *kept: Any) -> None:
+        """Keep something alive until the transfer is done."""
+        self._kept += kept
 
     def end(self, stream: torch.cuda.Stream) -> None:
         """All of it has been handed to this stream, or streams that it waits for."""
@@ -129,27 +136,28 @@ class CudaTransfer(Transfer):
         """Whether the last byte is where it should be."""
         return bool(self._done.query())
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float, is_calm: bool = False) -> None:
         """Return when the last byte is where it should be.
 
         Raises: StuckTransferError.
         """
-        wait_for(self._done, seconds)
-        self._kept = ()
+        wait_for(self._done, seconds, is_calm)
+        self._kept.clear()
 
 
-def wait_for(event: torch.cuda.Event, seconds: float, last_pause: float = LAST_POLL_SECONDS) -> None:
-    """Return when an event has happened, without holding the GIL meanwhile; looks at the latest every `last_pause` seconds.
+def wait_for(event: torch.cuda.Event, seconds: float, is_calm: bool = False) -> None:
+    """Return when an event has happened, without holding the GIL meanwhile.
 
+    Args:
+        is_calm: look at it as seldom as an engine that computes beside us would like.
     Raises: StuckTransferError.
     """
-    deadline = time.monotonic() + seconds
-    pause = FIRST_POLL_SECONDS
+    started_at = time.monotonic()
     while not event.query():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - started_at
+        if waited > seconds:
             raise StuckTransferError(f"a transfer did not end within {seconds:g} s", "restart the engine; see its log")
-        time.sleep(pause)
-        pause = min(pause * 1.5, last_pause)
+        time.sleep(CALM_POLL_SECONDS if is_calm else 0 if waited < SPIN_SECONDS else POLL_SECONDS)
 
 
 class CudaCopier(ChunkCopier):
@@ -183,15 +191,18 @@ class CudaCopier(ChunkCopier):
         self._device = planes[0].device
         self._num_planes = len(planes)
         self._mover = BlockMover(planes, uses_triton)
-        self._slot_bytes = staging_bytes // (2 * NUM_SLOTS)
-        if self._slot_bytes < layout.block_bytes:
+        slot_bytes = staging_bytes // (2 * NUM_SLOTS)
+        if slot_bytes < layout.block_bytes:
             raise LayoutMismatchError(
                 f"{staging_bytes} bytes of staging memory hold no {2 * NUM_SLOTS} blocks of {layout.block_bytes} bytes",
                 hint="raise lmcache.mp.staging_mib",
             )
-        self._stores = Lane(self._device, self._slot_bytes)
-        self._loads = Lane(self._device, self._slot_bytes)
+        self._stores = Lane(self._device, NUM_SLOTS * slot_bytes)
+        self._loads = Lane(self._device, NUM_SLOTS * slot_bytes)
+        self._slot_bytes = slot_bytes
         self._reading = threading.Lock()
+        self._have_read = torch.cuda.Event()
+        self._loading: list[CudaTransfer] = []
         # The pool's mapping; unpinned until somebody says otherwise.
         self.pinned: Pinned = Pageable()
         self.unpinned_bytes = 0
@@ -235,12 +246,10 @@ class CudaCopier(ChunkCopier):
     ) -> None:
         """Copy whole chunks from engine blocks into writable extents; done on return.
 
-        No more than the slots are under way at once, so that little is left to wait for.
-
         Args:
             after: the event from which on the blocks hold what is to be copied, while the engine goes on: its own copies get
                 their turn between ours. None: all that was launched until now, and the wire is ours.
-            is_cancelled: asked before each piece is read, under the lock of `protect_blocks`.
+            is_cancelled: asked before each piece is handed over, under the lock of `protect_blocks`.
         Raises: CancelledTransferError: the extents hold garbage. StuckTransferError: they may be written at any time.
         """
         if not extents and not block_ids:
@@ -248,43 +257,42 @@ class CudaCopier(ChunkCopier):
         size = self.check(block_ids, extents)
         if len(block_ids) != size * len(extents):
             raise LayoutMismatchError(f"{len(block_ids)} block ids do not fill {len(extents)} extents of {size} blocks")
-        leaves_gaps, after = after is not None, after or self.fence()
-        if leaves_gaps:
-            self._wait_for_step(after)
-        lane, transfer = self._stores, CudaTransfer()
-        with torch.cuda.device(self._device), torch.cuda.stream(lane.kernels):
+        lane, transfer, is_beside_engine = self._stores, CudaTransfer(), after is not None
+        after = after or self.fence()
+        if is_beside_engine and not self._are_pinned(extents):
+            # Such a copy blocks in the driver until it is done: not also until the step is.
+            wait_for(after, TRANSFER_SECONDS, is_calm=True)
+        slots: Iterator[Slot]
+        if is_beside_engine:
+            # One stream for both leaves the copy engine free for 50 µs between two copies, which a sampled token's own copy
+            # needs: behind a queue that never runs dry it came 13 ms late at 8k tokens, with pieces of 2 MiB as well (H100).
+            copies, slots, cuts = lane.kernels, lane.whole, self._pieces(len(extents), size, NUM_SLOTS * self._slot_bytes)
+        else:
+            copies, slots, cuts = lane.copies, lane.slots, self._pieces(len(extents), size, self._slot_bytes, cut_at=0)
+        with torch.cuda.stream(lane.kernels):
             try:
-                ids = self._to_device(block_ids)
-                for number, piece in enumerate(self._pieces(len(extents), size)):
-                    if leaves_gaps and number and number % NUM_SLOTS == 0:
-                        time.sleep(NUM_SLOTS * self._slot_bytes / WIRE_BYTES_PER_SECOND)
-                        wait_for(lane.last_slot().is_free, TRANSFER_SECONDS)
-                    slot = lane.next_slot()
-                    wait_for(slot.is_free, TRANSFER_SECONDS)
+                ids = self._upload(block_ids, lane.kernels, transfer)
+                lane.kernels.wait_event(after)
+                for piece, slot in zip(cuts, slots):  # noqa: B905 - there is always another slot
+                    lane.kernels.wait_event(slot.is_free)
                     with self._reading:
                         if is_cancelled():
                             raise CancelledTransferError("a store was cancelled: its blocks are used anew")
-                        lane.kernels.wait_event(after)
                         self._mover.gather(_span(ids, piece, size), slot.buffer, piece.planes, len(piece.blocks))
-                    lane.copies.wait_stream(lane.kernels)
-                    self._copy(piece, size, extents, slot, lane.copies, to_host=True)
-                    slot.is_free.record(lane.copies)
+                        slot.is_filled.record(lane.kernels)
+                        self._have_read.record(lane.kernels)
+                    copies.wait_event(slot.is_filled)
+                    self._copy(piece, size, extents, slot, copies, to_host=True)
+                    slot.is_free.record(copies)
             finally:  # whatever happened, nothing writes to the extents when this returns
-                transfer.end(lane.copies)
-                transfer.wait(TRANSFER_SECONDS)
-
-    def _wait_for_step(self, after: torch.cuda.Event) -> None:
-        try:
-            wait_for(after, TRANSFER_SECONDS, STEP_POLL_SECONDS)
-        except StuckTransferError as exc:  # nothing was begun yet
-            raise CancelledTransferError(
-                f"a store was given up: the step before it did not end within {TRANSFER_SECONDS:g} s"
-            ) from exc
+                transfer.end(copies)
+                wait_for(after, TRANSFER_SECONDS, is_beside_engine)
+                transfer.wait(TRANSFER_SECONDS, is_beside_engine)
 
     def protect_blocks(self) -> None:
         """Let what the current stream is given next wait until blocks that stores are reading have been read."""
         with self._reading:
-            torch.cuda.current_stream(self._device).wait_stream(self._stores.kernels)
+            torch.cuda.current_stream(self._device).wait_event(self._have_read)
 
     # -- host to device -----------------------------------------------------------------------------------------------
 
@@ -297,42 +305,52 @@ class CudaCopier(ChunkCopier):
 
         The caller keeps the extents readable until the transfer's `wait` has returned.
         """
-        lane = self._loads
         transfer = CudaTransfer(extents)
-        compute = torch.cuda.current_stream(self._device)
-        before = self.fence()
+        compute, before = torch.cuda.current_stream(self._device), self.fence()
+        # The device may read a transfer's block ids until it is done, also when nobody waits for it any more.
+        self._loading = [*(earlier for earlier in self._loading if not earlier.is_done), transfer]
         if block_ids:
             size = self.check(block_ids, extents, skip_blocks)
             padded = [SKIPPED] * skip_blocks + list(block_ids)
             used = -(-len(padded) // size)
             padded += [SKIPPED] * (used * size - len(padded))
             try:
-                self._load_pieces(lane, padded, used, size, extents, before)
+                self._load_pieces(padded, used, size, extents, before, transfer)
             finally:  # of what was launched nothing may come after what the caller does next
-                transfer.end(lane.kernels)
+                transfer.end(self._loads.kernels)
                 transfer.hold_back(compute)
         return transfer
 
     def _load_pieces(
-        self, lane: Lane, block_ids: list[int], num_chunks: int, size: int, extents: Sequence[Extent], before: torch.cuda.Event
+        self,
+        block_ids: list[int],
+        num_chunks: int,
+        size: int,
+        extents: Sequence[Extent],
+        before: torch.cuda.Event,
+        transfer: CudaTransfer,
     ) -> None:
-        ids = None
-        with torch.cuda.device(self._device), torch.cuda.stream(lane.kernels):
-            for piece in self._pieces(num_chunks, size):
-                slot = lane.next_slot()
+        lane, ids = self._loads, None
+        with torch.cuda.stream(lane.kernels):
+            for piece, slot in zip(self._pieces(num_chunks, size, self._slot_bytes, cut_at=-1), lane.slots):  # noqa: B905
                 lane.copies.wait_event(slot.is_free)
                 self._copy(piece, size, extents, slot, lane.copies, to_host=False)
                 if ids is None:  # the wire is busy by now
-                    ids = self._to_device(block_ids)
+                    ids = self._upload(block_ids, lane.copies, transfer)
                     lane.kernels.wait_event(before)
-                lane.kernels.wait_stream(lane.copies)
+                slot.is_filled.record(lane.copies)
+                lane.kernels.wait_event(slot.is_filled)
                 self._mover.scatter(_span(ids, piece, size), slot.buffer, piece.planes, len(piece.blocks))
                 slot.is_free.record(lane.kernels)
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 
-    def _pieces(self, num_chunks: int, blocks_per_chunk: int) -> Iterator[Piece]:
-        return pieces(num_chunks, blocks_per_chunk, self._num_planes, self._slot_bytes // self.layout.block_bytes)
+    def _pieces(self, num_chunks: int, blocks_per_chunk: int, slot_bytes: int, cut_at: int | None = None) -> list[Piece]:
+        """Return what goes through slots of some size; the first (0) or the last (-1) one may be `cut_at`."""
+        found = list(pieces(num_chunks, blocks_per_chunk, self._num_planes, slot_bytes // self.layout.block_bytes))
+        if cut_at is not None and found[cut_at].num_blocks * self.layout.block_bytes >= MIN_CUT_BYTES:
+            found[cut_at : cut_at + 1 or None] = cut(found[cut_at], from_end=cut_at != 0)
+        return found
 
     def _copy(
         self,
@@ -360,17 +378,23 @@ class CudaCopier(ChunkCopier):
                     self._driver.copy_to_device(at, part, part_bytes, handle, is_pinned)
                 at += part_bytes
 
-    def _to_device(self, block_ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(block_ids, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
+    def _are_pinned(self, extents: Sequence[Extent]) -> bool:
+        return all(self.pinned.is_pinned(address_of(extent), extent.nbytes) for extent in extents)
+
+    def _upload(self, block_ids: Sequence[int], stream: torch.cuda.Stream, transfer: CudaTransfer) -> torch.Tensor:
+        """Return block ids on the device, there in the order of `stream`: on another, the copy could wait behind a GiB."""
+        on_host = torch.tensor(block_ids, dtype=torch.int64).pin_memory()
+        on_device = torch.empty_like(on_host, device=self._device)
+        self._driver.copy_to_device(on_device.data_ptr(), on_host.data_ptr(), on_host.nbytes, stream.cuda_stream, True)
+        transfer.keep(on_host, on_device)
+        return on_device
 
     def _warm_up(self) -> None:
         """Compile and load the kernels now, not within the first request; moves nothing."""
         none = torch.full((1,), SKIPPED, dtype=torch.int64, device=self._device)
-        planes = range(self._num_planes)
-        self._mover.scatter(none, self._loads.next_slot().buffer, range(1), 1)
-        if self._slot_bytes >= self.layout.block_bytes * self._num_planes:
-            first = torch.zeros(1, dtype=torch.int64, device=self._device)
-            self._mover.gather(first, self._stores.next_slot().buffer, planes, 1)
+        first = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._mover.scatter(none, next(self._loads.slots).buffer, range(1), 1)
+        self._mover.gather(first, next(self._stores.slots).buffer, range(1), 1)
         torch.cuda.synchronize(self._device)
 
 
@@ -387,6 +411,17 @@ def pieces(num_chunks: int, blocks_per_chunk: int, num_planes: int, blocks_per_s
         for planes in _parts(all_planes, planes_per_slot or 1):
             for blocks in _parts(all_blocks, blocks_per_chunk if planes_per_slot else blocks_per_slot):
                 yield Piece(range(chunk, chunk + 1), planes, blocks)
+
+
+def cut(piece: Piece, from_end: bool) -> list[Piece]:
+    """Return a piece in two, about a quarter of it at its start or at its end; whole if it is one block."""
+    for name in ("chunks", "planes", "blocks"):
+        whole: range = getattr(piece, name)
+        if len(whole) > 1:
+            quarter = -(-len(whole) // 4)
+            at = whole.stop - quarter if from_end else whole.start + quarter
+            return [replace(piece, **{name: range(whole.start, at)}), replace(piece, **{name: range(at, whole.stop)})]
+    return [piece]
 
 
 def runs(starts: Sequence[int], length: int) -> Iterator[tuple[int, int]]:

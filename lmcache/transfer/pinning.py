@@ -11,7 +11,7 @@ import os
 import resource
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -102,16 +102,16 @@ class PoolPinner:
     def _length(self, index: int) -> int:
         return min(self._piece_bytes, self._num_bytes - index * self._piece_bytes)
 
-    def _populate(self, index: int) -> None:
-        """Enter a piece in the page table; where that fails, pinning says why, or does it slower."""
+    def _populate(self, index: int) -> list[Future[None]]:
+        """Begin to enter a piece in the page table; where that fails, pinning says why, or does it slower."""
         start = self._address + index * self._piece_bytes
-        offsets = range(0, self._length(index), POPULATE_BYTES)
 
         def populate(offset: int) -> None:
-            length = min(POPULATE_BYTES, self._length(index) - offset)
-            self._libc.madvise(ctypes.c_void_p(start + offset), ctypes.c_size_t(length), MADV_POPULATE_WRITE)
+            if not self._stop.is_set():
+                length = min(POPULATE_BYTES, self._length(index) - offset)
+                self._libc.madvise(ctypes.c_void_p(start + offset), ctypes.c_size_t(length), MADV_POPULATE_WRITE)
 
-        list(self._threads.map(populate, offsets))
+        return [self._threads.submit(populate, offset) for offset in range(0, self._length(index), POPULATE_BYTES)]
 
     def _pin_all(self) -> None:
         with self._threads:
@@ -123,12 +123,15 @@ class PoolPinner:
             self._driver.use_context(self._context)
         except CudaError as exc:
             failure = exc
+        entering = self._populate(0)
         for index in range(self._num_pieces):
+            wait(entering, timeout=CLOSE_SECONDS)
             if self._stop.is_set():
                 return
             if failure is None:
+                if index + 1 < self._num_pieces:  # while this one is pinned
+                    entering = self._populate(index + 1)
                 try:
-                    self._populate(index)
                     self._driver.register(self._address + index * self._piece_bytes, self._length(index))
                     self._pinned.add(index)
                 except CudaError as exc:

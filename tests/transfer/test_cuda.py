@@ -104,6 +104,36 @@ def test_a_store_waits_for_the_producer_and_a_load_for_the_user_of_its_blocks():
     assert torch.all(seen_after[:, case.ids] == 0x77)
 
 
+def test_blocks_are_used_anew_only_after_a_store_that_still_waits_for_its_step_has_read_them():
+    case = Case(4, 64, 65536, 0, 4, seed=6, staging_bytes=4 * MIB)
+    extents, expected = case.extents(spread=False), case.expected()
+    num_pieces = len(case.copier._pieces(case.num_chunks, case.size, 2 * MIB))
+    handed_over, failures = [], []
+    case.copier.gather(case.ids, extents)  # nothing is compiled or allocated any more
+    for extent in extents:
+        extent[:] = bytes(case.chunk_bytes)
+
+    def store():
+        try:
+            case.copier.gather(case.ids, extents, fence, is_cancelled=lambda: bool(handed_over.append(None)))
+        except BaseException as exc:
+            failures.append(exc)
+
+    busy(200)
+    fence = case.copier.fence()
+    thread = threading.Thread(target=store)
+    thread.start()
+    while len(handed_over) < num_pieces and thread.is_alive():
+        time.sleep(0.0001)
+    assert not fence.query()  # the step is still under way, the whole store is handed over
+    time.sleep(0.01)  # until the last piece's launch is over, too
+    case.copier.protect_blocks()
+    case.device.fill_(0xEE)
+    thread.join(timeout=60)
+    assert not failures
+    assert [bytes(extent) for extent in extents] == [bytes(extent) for extent in expected]
+
+
 def test_loads_and_stores_at_once_do_not_mix():
     case = Case(8, 256, 32768, 0, 8, seed=2, staging_bytes=8 * MIB)
     half = case.num_chunks // 2

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="needs torch: make setup-vllm")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from lmcache.transfer.cuda import pieces, runs  # noqa: E402
+from lmcache.transfer.cuda import cut, pieces, runs  # noqa: E402
 from lmcache.transfer.driver import CudaError  # noqa: E402
 from lmcache.transfer.pinning import PoolPinner, address_of  # noqa: E402
 
@@ -27,6 +27,22 @@ def test_pieces_fit_a_slot_and_cover_each_block_of_each_plane_once_in_order(chun
         assert len(piece.planes) == 1 or len(piece.blocks) == size
         seen += [(chunk, plane, block) for chunk in piece.chunks for plane in piece.planes for block in piece.blocks]
     assert seen == [(chunk, plane, block) for chunk in range(chunks) for plane in range(planes) for block in range(size)]
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 200), st.booleans())
+def test_a_piece_is_cut_in_two_that_follow_each_other(chunks, size, planes, per_slot, from_end):
+    def blocks(piece):
+        return [(chunk, plane, block) for chunk in piece.chunks for plane in piece.planes for block in piece.blocks]
+
+    for piece in pieces(chunks, size, planes, per_slot):
+        parts = cut(piece, from_end)
+        assert [block for part in parts for block in blocks(part)] == blocks(piece)
+        assert all(part.num_blocks for part in parts)
+        assert len(parts) == (1 if piece.num_blocks == 1 else 2)
+        assert parts[-1 if from_end else 0].num_blocks <= max(1, piece.num_blocks / 2)
+        for part in parts:  # as `pieces` makes them
+            assert len(part.chunks) == 1 or (len(part.planes), len(part.blocks)) == (planes, size)
+            assert len(part.planes) == 1 or len(part.blocks) == size
 
 
 def test_neighbours_are_one_copy():
