@@ -79,6 +79,13 @@ def test_gather_and_scatter_equal_the_reference(data):
     assert torch.equal(case.device.cpu(), case.host)
 
 
+def wait_until_pinned(pinner):
+    deadline = time.monotonic() + 30
+    while not pinner.is_done:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def busy(milliseconds):
     """Keep the current stream busy for about so long."""
     torch.cuda._sleep(int(milliseconds * 1.8e6))
@@ -109,6 +116,10 @@ def test_blocks_are_used_anew_only_after_a_store_that_still_waits_for_its_step_h
     extents, expected = case.extents(spread=False), case.expected()
     num_pieces = len(case.copier._pieces(case.num_chunks, case.size, 2 * MIB))
     handed_over, failures = [], []
+    pinner = PoolPinner(driver(), driver().current_context(), address_of(case.pool), len(case.pool))
+    pinner.start()
+    wait_until_pinned(pinner)
+    case.copier.pinned = pinner  # where it is not, the store waits for its step
     case.copier.gather(case.ids, extents)  # nothing is compiled or allocated any more
     for extent in extents:
         extent[:] = bytes(case.chunk_bytes)
@@ -130,6 +141,7 @@ def test_blocks_are_used_anew_only_after_a_store_that_still_waits_for_its_step_h
     case.copier.protect_blocks()
     case.device.fill_(0xEE)
     thread.join(timeout=60)
+    pinner.close()
     assert not failures
     assert [bytes(extent) for extent in extents] == [bytes(extent) for extent in expected]
 
@@ -185,10 +197,7 @@ def test_the_pool_is_pinned_in_pieces_and_copied_across_their_borders():
     pool = memoryview(mmap.mmap(-1, 10 * MIB))
     pinner = PoolPinner(driver(), driver().current_context(), address_of(pool), len(pool), piece_bytes=4 * MIB)
     pinner.start()
-    deadline = time.monotonic() + 30
-    while not pinner.is_done:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until_pinned(pinner)
     try:
         assert (pinner.pinned_bytes, pinner.unpinned_bytes) == (10 * MIB, 0)
         case = Case(4, 64, 65536, 0, 4, seed=4, staging_bytes=8 * MIB)
@@ -227,8 +236,7 @@ def test_pinning_and_storing_spoil_no_graph_that_the_engine_records():
         thread.start()
         target = source * 2
         thread.join(timeout=60)
-        while not pinner.is_done:
-            time.sleep(0.01)
+        wait_until_pinned(pinner)
     graph.replay()
     torch.cuda.synchronize()
     unpinned_bytes = pinner.unpinned_bytes
