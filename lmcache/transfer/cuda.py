@@ -39,7 +39,7 @@ from lmcache.transfer.base import (
     StuckTransferError,
     Transfer,
 )
-from lmcache.transfer.driver import driver
+from lmcache.transfer.driver import CudaDriver, driver
 from lmcache.transfer.kernels import SKIPPED, BlockMover
 from lmcache.transfer.pinning import PoolPinner, address_of
 
@@ -50,9 +50,11 @@ SPIN_SECONDS = 0.1
 POLL_SECONDS = 100e-6
 # Beside an engine: each look costs the engine's own thread the GIL.
 CALM_POLL_SECONDS = 1e-3
-# Where the wire has to wait for the kernel, at a store's start and a load's end, a piece is cut if it is as long as this: the
-# kernel takes 27 µs for 32 MiB (H100), the host 25 µs to hand over one more piece.
+# At a load's end the kernel works when the wire has nothing left to do. So its last piece is cut if it is as long as this: the
+# kernel takes 27 µs for 32 MiB (H100).
 MIN_CUT_BYTES = 16 << 20
+MIN_BLOCK_IDS = 4096
+SLOT_ALIGNMENT = 512
 
 
 class Pinned(Protocol):
@@ -90,6 +92,11 @@ class Piece:
         """How many blocks, counted in each plane."""
         return len(self.chunks) * len(self.planes) * len(self.blocks)
 
+    def span(self, blocks_per_chunk: int) -> range:
+        """Which of the transfer's block ids."""
+        first, last = self.chunks.start * blocks_per_chunk, (self.chunks.stop - 1) * blocks_per_chunk
+        return range(first + self.blocks.start, last + self.blocks.stop)
+
 
 class Slot:
     """Device memory for one piece."""
@@ -98,6 +105,29 @@ class Slot:
         self.buffer = buffer
         self.is_filled = torch.cuda.Event()
         self.is_free = torch.cuda.Event()
+
+
+class BlockIds:
+    """Block ids on their way to the device, for one transfer at a time; never freed, as the device may read them late."""
+
+    def __init__(self, device: torch.device, capacity: int) -> None:
+        self.capacity = capacity
+        self.user: CudaTransfer | None = None
+        self._on_host = torch.empty(capacity, dtype=torch.int64, pin_memory=True)
+        self._view = self._on_host.numpy()
+        self._on_device = torch.empty(capacity, dtype=torch.int64, device=device)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the last transfer that used them is done."""
+        return self.user is None or self.user.is_done
+
+    def upload(self, block_ids: Sequence[int], driver: CudaDriver, stream: torch.cuda.Stream) -> torch.Tensor:
+        """Return them on the device, there in the order of `stream`: on another, the copy could wait behind a GiB."""
+        self._view[: len(block_ids)] = block_ids
+        source, target = self._on_host.data_ptr(), self._on_device.data_ptr()
+        driver.copy_to_device(target, source, 8 * len(block_ids), stream.cuda_stream, is_pinned=True)
+        return self._on_device
 
 
 class Lane:
@@ -110,18 +140,27 @@ class Lane:
         buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self.slots = itertools.cycle([Slot(part) for part in buffer.chunk(NUM_SLOTS)])
         self.whole = itertools.repeat(Slot(buffer))
+        self._device = device
+        self._ids = [BlockIds(device, MIN_BLOCK_IDS)]
+
+    def ids_for(self, transfer: CudaTransfer, num_blocks: int) -> BlockIds:
+        """Return room for a transfer's block ids."""
+        for ids in self._ids:
+            if ids.capacity >= num_blocks and ids.is_free:
+                break
+        else:
+            ids = BlockIds(self._device, max(MIN_BLOCK_IDS, 1 << (num_blocks - 1).bit_length()))
+            self._ids.append(ids)
+        ids.user = transfer
+        return ids
 
 
 class CudaTransfer(Transfer):
     """A transfer that the device has been handed; keeps alive what it needs."""
 
-    def __init__(self, *kept: Any) -> None:
+    def __init__(self, kept: Sequence[Any] = ()) -> None:
         self._done = torch.cuda.Event()
-        self._kept = list(kept)
-
-    def keep(self, *kept: Any) -> None:
-        """Keep something alive until the transfer is done."""
-        self._kept += kept
+        self._kept = kept
 
     def end(self, stream: torch.cuda.Stream) -> None:
         """All of it has been handed to this stream, or streams that it waits for."""
@@ -142,7 +181,7 @@ class CudaTransfer(Transfer):
         Raises: StuckTransferError.
         """
         wait_for(self._done, seconds, is_calm)
-        self._kept.clear()
+        self._kept = ()
 
 
 def wait_for(event: torch.cuda.Event, seconds: float, is_calm: bool = False) -> None:
@@ -191,7 +230,7 @@ class CudaCopier(ChunkCopier):
         self._device = planes[0].device
         self._num_planes = len(planes)
         self._mover = BlockMover(planes, uses_triton)
-        slot_bytes = staging_bytes // (2 * NUM_SLOTS)
+        slot_bytes = staging_bytes // (2 * NUM_SLOTS) // SLOT_ALIGNMENT * SLOT_ALIGNMENT
         if slot_bytes < layout.block_bytes:
             raise LayoutMismatchError(
                 f"{staging_bytes} bytes of staging memory hold no {2 * NUM_SLOTS} blocks of {layout.block_bytes} bytes",
@@ -202,7 +241,6 @@ class CudaCopier(ChunkCopier):
         self._slot_bytes = slot_bytes
         self._reading = threading.Lock()
         self._have_read = torch.cuda.Event()
-        self._loading: list[CudaTransfer] = []
         # The pool's mapping; unpinned until somebody says otherwise.
         self.pinned: Pinned = Pageable()
         self.unpinned_bytes = 0
@@ -259,35 +297,36 @@ class CudaCopier(ChunkCopier):
             raise LayoutMismatchError(f"{len(block_ids)} block ids do not fill {len(extents)} extents of {size} blocks")
         lane, transfer, is_beside_engine = self._stores, CudaTransfer(), after is not None
         after = after or self.fence()
-        if is_beside_engine and not self._are_pinned(extents):
+        starts = [address_of(extent) for extent in extents]
+        if is_beside_engine and not all(self.pinned.is_pinned(start, len(extents[0])) for start in starts):
             # Such a copy blocks in the driver until it is done: not also until the step is.
             wait_for(after, TRANSFER_SECONDS, is_calm=True)
         slots: Iterator[Slot]
         if is_beside_engine:
             # One stream for both leaves the copy engine free for 50 µs between two copies, which a sampled token's own copy
             # needs: behind a queue that never runs dry it came 13 ms late at 8k tokens, with pieces of 2 MiB as well (H100).
-            copies, slots, cuts = lane.kernels, lane.whole, self._pieces(len(extents), size, NUM_SLOTS * self._slot_bytes)
+            copies, slots, slot_bytes = lane.kernels, lane.whole, NUM_SLOTS * self._slot_bytes
         else:
-            copies, slots, cuts = lane.copies, lane.slots, self._pieces(len(extents), size, self._slot_bytes, cut_at=0)
-        with torch.cuda.stream(lane.kernels):
-            try:
-                ids = self._upload(block_ids, lane.kernels, transfer)
-                lane.kernels.wait_event(after)
-                for piece, slot in zip(cuts, slots):  # noqa: B905 - there is always another slot
-                    lane.kernels.wait_event(slot.is_free)
-                    with self._reading:
-                        if is_cancelled():
-                            raise CancelledTransferError("a store was cancelled: its blocks are used anew")
-                        self._mover.gather(_span(ids, piece, size), slot.buffer, piece.planes, len(piece.blocks))
-                        slot.is_filled.record(lane.kernels)
-                        self._have_read.record(lane.kernels)
-                    copies.wait_event(slot.is_filled)
-                    self._copy(piece, size, extents, slot, copies, to_host=True)
-                    slot.is_free.record(copies)
-            finally:  # whatever happened, nothing writes to the extents when this returns
-                transfer.end(copies)
-                wait_for(after, TRANSFER_SECONDS, is_beside_engine)
-                transfer.wait(TRANSFER_SECONDS, is_beside_engine)
+            copies, slots, slot_bytes = lane.copies, lane.slots, self._slot_bytes
+        try:
+            lane.kernels.wait_event(after)
+            ids = lane.ids_for(transfer, len(block_ids)).upload(block_ids, self._driver, lane.kernels)
+            for piece, slot in zip(self._pieces(len(extents), size, slot_bytes), slots):  # noqa: B905 - slots never end
+                lane.kernels.wait_event(slot.is_free)
+                with self._reading:
+                    if is_cancelled():
+                        raise CancelledTransferError("a store was cancelled: its blocks are used anew")
+                    span = piece.span(size)
+                    self._mover.gather(ids, slot.buffer, piece.planes, len(piece.blocks), span, lane.kernels)
+                    slot.is_filled.record(lane.kernels)
+                    self._have_read.record(lane.kernels)
+                copies.wait_event(slot.is_filled)
+                self._copy(piece, size, starts, slot, copies, to_host=True)
+                slot.is_free.record(copies)
+        finally:  # whatever happened, nothing writes to the extents when this returns
+            transfer.end(copies)
+            wait_for(after, TRANSFER_SECONDS, is_beside_engine)
+            transfer.wait(TRANSFER_SECONDS, is_beside_engine)
 
     def protect_blocks(self) -> None:
         """Let what the current stream is given next wait until blocks that stores are reading have been read."""
@@ -307,67 +346,49 @@ class CudaCopier(ChunkCopier):
         """
         transfer = CudaTransfer(extents)
         compute, before = torch.cuda.current_stream(self._device), self.fence()
-        # The device may read a transfer's block ids until it is done, also when nobody waits for it any more.
-        self._loading = [*(earlier for earlier in self._loading if not earlier.is_done), transfer]
         if block_ids:
             size = self.check(block_ids, extents, skip_blocks)
             padded = [SKIPPED] * skip_blocks + list(block_ids)
             used = -(-len(padded) // size)
             padded += [SKIPPED] * (used * size - len(padded))
             try:
-                self._load_pieces(padded, used, size, extents, before, transfer)
+                self._load_pieces(padded, size, extents[:used], before, transfer)
             finally:  # of what was launched nothing may come after what the caller does next
                 transfer.end(self._loads.kernels)
                 transfer.hold_back(compute)
         return transfer
 
     def _load_pieces(
-        self,
-        block_ids: list[int],
-        num_chunks: int,
-        size: int,
-        extents: Sequence[Extent],
-        before: torch.cuda.Event,
-        transfer: CudaTransfer,
+        self, block_ids: list[int], size: int, extents: Sequence[Extent], before: torch.cuda.Event, transfer: CudaTransfer
     ) -> None:
         lane, ids = self._loads, None
-        with torch.cuda.stream(lane.kernels):
-            for piece, slot in zip(self._pieces(num_chunks, size, self._slot_bytes, cut_at=-1), lane.slots):  # noqa: B905
-                lane.copies.wait_event(slot.is_free)
-                self._copy(piece, size, extents, slot, lane.copies, to_host=False)
-                if ids is None:  # the wire is busy by now
-                    ids = self._upload(block_ids, lane.copies, transfer)
-                    lane.kernels.wait_event(before)
-                slot.is_filled.record(lane.copies)
-                lane.kernels.wait_event(slot.is_filled)
-                self._mover.scatter(_span(ids, piece, size), slot.buffer, piece.planes, len(piece.blocks))
-                slot.is_free.record(lane.kernels)
+        starts = [address_of(extent) for extent in extents]
+        found = cut_last(self._pieces(len(extents), size, self._slot_bytes), MIN_CUT_BYTES // self.layout.block_bytes)
+        for piece, slot in zip(found, lane.slots):  # noqa: B905 - slots never end
+            lane.copies.wait_event(slot.is_free)
+            self._copy(piece, size, starts, slot, lane.copies, to_host=False)
+            if ids is None:  # the wire is busy by now
+                ids = lane.ids_for(transfer, len(block_ids)).upload(block_ids, self._driver, lane.copies)
+                lane.kernels.wait_event(before)
+            slot.is_filled.record(lane.copies)
+            lane.kernels.wait_event(slot.is_filled)
+            self._mover.scatter(ids, slot.buffer, piece.planes, len(piece.blocks), piece.span(size), lane.kernels)
+            slot.is_free.record(lane.kernels)
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 
-    def _pieces(self, num_chunks: int, blocks_per_chunk: int, slot_bytes: int, cut_at: int | None = None) -> list[Piece]:
-        """Return what goes through slots of some size; the first (0) or the last (-1) one may be `cut_at`."""
-        found = list(pieces(num_chunks, blocks_per_chunk, self._num_planes, slot_bytes // self.layout.block_bytes))
-        if cut_at is not None and found[cut_at].num_blocks * self.layout.block_bytes >= MIN_CUT_BYTES:
-            found[cut_at : cut_at + 1 or None] = cut(found[cut_at], from_end=cut_at != 0)
-        return found
+    def _pieces(self, num_chunks: int, blocks_per_chunk: int, slot_bytes: int) -> Iterator[Piece]:
+        return pieces(num_chunks, blocks_per_chunk, self._num_planes, slot_bytes // self.layout.block_bytes)
 
     def _copy(
-        self,
-        piece: Piece,
-        blocks_per_chunk: int,
-        extents: Sequence[Extent],
-        slot: Slot,
-        stream: torch.cuda.Stream,
-        to_host: bool,
+        self, piece: Piece, blocks_per_chunk: int, starts: Sequence[int], slot: Slot, stream: torch.cuda.Stream, to_host: bool
     ) -> None:
-        """Hand the copy engine what lies between a slot and its extents: neighbours in the pool as one copy."""
+        """Hand the copy engine what lies between a slot and the extents at `starts`: neighbours in the pool as one copy."""
         length = len(piece.planes) * len(piece.blocks) * self.layout.block_bytes
         offset = (piece.planes.start * blocks_per_chunk + piece.blocks.start) * self.layout.block_bytes
-        starts = [address_of(extents[chunk]) + offset for chunk in piece.chunks]
         at = slot.buffer.data_ptr()
         handle, pinned = stream.cuda_stream, self.pinned
-        for address, num_bytes in runs(starts, length):
+        for address, num_bytes in runs([starts[chunk] + offset for chunk in piece.chunks], length):
             is_pinned = pinned.is_pinned(address, num_bytes)
             if not is_pinned:
                 self.unpinned_bytes += num_bytes
@@ -378,23 +399,11 @@ class CudaCopier(ChunkCopier):
                     self._driver.copy_to_device(at, part, part_bytes, handle, is_pinned)
                 at += part_bytes
 
-    def _are_pinned(self, extents: Sequence[Extent]) -> bool:
-        return all(self.pinned.is_pinned(address_of(extent), extent.nbytes) for extent in extents)
-
-    def _upload(self, block_ids: Sequence[int], stream: torch.cuda.Stream, transfer: CudaTransfer) -> torch.Tensor:
-        """Return block ids on the device, there in the order of `stream`: on another, the copy could wait behind a GiB."""
-        on_host = torch.tensor(block_ids, dtype=torch.int64).pin_memory()
-        on_device = torch.empty_like(on_host, device=self._device)
-        self._driver.copy_to_device(on_device.data_ptr(), on_host.data_ptr(), on_host.nbytes, stream.cuda_stream, True)
-        transfer.keep(on_host, on_device)
-        return on_device
-
     def _warm_up(self) -> None:
-        """Compile and load the kernels now, not within the first request; moves nothing."""
-        none = torch.full((1,), SKIPPED, dtype=torch.int64, device=self._device)
-        first = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._mover.scatter(none, next(self._loads.slots).buffer, range(1), 1)
-        self._mover.gather(first, next(self._stores.slots).buffer, range(1), 1)
+        """Have everything compiled and loaded now, not within the first request; moves nothing that anybody needs."""
+        nothing = torch.full((1,), SKIPPED, dtype=torch.int64, device=self._device)
+        self._mover.scatter(nothing, next(self._loads.slots).buffer, range(1), 1)
+        self._mover.gather(torch.zeros_like(nothing), next(self._stores.slots).buffer, range(1), 1)
         torch.cuda.synchronize(self._device)
 
 
@@ -413,15 +422,20 @@ def pieces(num_chunks: int, blocks_per_chunk: int, num_planes: int, blocks_per_s
                 yield Piece(range(chunk, chunk + 1), planes, blocks)
 
 
-def cut(piece: Piece, from_end: bool) -> list[Piece]:
-    """Return a piece in two, about a quarter of it at its start or at its end; whole if it is one block."""
-    for name in ("chunks", "planes", "blocks"):
-        whole: range = getattr(piece, name)
+def cut_last(found: Iterator[Piece], min_blocks: int) -> Iterator[Piece]:
+    """Yield pieces, the last one in two if it has `min_blocks`: about a quarter of it comes last."""
+    last = next(found)
+    for piece in found:
+        yield last
+        last = piece
+    for name in ("chunks", "planes", "blocks") if last.num_blocks >= min_blocks else ():
+        whole: range = getattr(last, name)
         if len(whole) > 1:
-            quarter = -(-len(whole) // 4)
-            at = whole.stop - quarter if from_end else whole.start + quarter
-            return [replace(piece, **{name: range(whole.start, at)}), replace(piece, **{name: range(at, whole.stop)})]
-    return [piece]
+            at = whole.stop - -(-len(whole) // 4)
+            yield replace(last, **{name: range(whole.start, at)})
+            last = replace(last, **{name: range(at, whole.stop)})
+            break
+    yield last
 
 
 def runs(starts: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
@@ -433,13 +447,6 @@ def runs(starts: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
             first = start
         end = start + length
     yield first, end - first
-
-
-def _span(block_ids: torch.Tensor, piece: Piece, blocks_per_chunk: int) -> torch.Tensor:
-    if len(piece.blocks) == blocks_per_chunk:
-        return block_ids[piece.chunks.start * blocks_per_chunk : piece.chunks.stop * blocks_per_chunk]
-    first = piece.chunks.start * blocks_per_chunk
-    return block_ids[first + piece.blocks.start : first + piece.blocks.stop]
 
 
 def _parts(whole: range, size: int) -> Iterator[range]:

@@ -8,11 +8,16 @@ in one a plane.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
 from lmcache.log import init_logger
+
+if TYPE_CHECKING:
+    from lmcache.transfer.triton_kernel import TritonMover
 
 logger = init_logger(__name__)
 
@@ -20,7 +25,7 @@ SKIPPED = -1  # a block id that stands for "leave this block alone"
 
 
 class BlockMover:
-    """Moves blocks of some planes; all launches go to the current stream.
+    """Moves blocks of some planes; launches go to a stream that is named, or to the current one.
 
     Args:
         planes: [num_blocks, block bytes] uint8 each, in chunk order; strided, and all of the same shape.
@@ -30,38 +35,69 @@ class BlockMover:
     def __init__(self, planes: Sequence[torch.Tensor], uses_triton: bool | None = None) -> None:
         self._planes = list(planes)
         self._block_bytes = planes[0].shape[1]
-        device = planes[0].device
-        self._addresses = torch.tensor([plane.data_ptr() for plane in planes], dtype=torch.int64, device=device)
-        self._strides = torch.tensor([plane.stride(0) for plane in planes], dtype=torch.int64, device=device)
-        self._word_bytes = _word_bytes(planes)
-        self._tables: dict[range, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._triton: TritonMover | None = None
         self.uses_triton = find_spec("triton") is not None if uses_triton is None else uses_triton
-        if not self.uses_triton:
+        if self.uses_triton:
+            from lmcache.transfer.triton_kernel import TritonMover
+
+            numbers = [plane.data_ptr() for plane in planes], [plane.stride(0) for plane in planes]
+            addresses, strides = torch.tensor(numbers, dtype=torch.int64, device=planes[0].device)
+            self._triton = TritonMover(addresses, strides, self._block_bytes, _word_bytes(planes))
+        else:
             logger.warning("Triton is not installed: KV blocks are gathered by PyTorch, one launch a layer, which is slower")
 
-    def gather(self, block_ids: torch.Tensor, buffer: torch.Tensor, planes: range, blocks_per_chunk: int) -> None:
+    def gather(
+        self,
+        block_ids: torch.Tensor,
+        buffer: torch.Tensor,
+        planes: range,
+        blocks_per_chunk: int,
+        span: range | None = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         """Fill `buffer` from the blocks; none of them is SKIPPED.
 
         Args:
             block_ids: [num_chunks * blocks_per_chunk] int64 on the planes' device.
             buffer: contiguous uint8, at least as long as what is moved.
             planes: which planes, without gaps.
+            span: which of the block ids, if not all; whole chunks.
         """
-        self._move(block_ids, buffer, planes, blocks_per_chunk, gathers=True)
+        self._move(block_ids, buffer, planes, blocks_per_chunk, span, stream, gathers=True)
 
-    def scatter(self, block_ids: torch.Tensor, buffer: torch.Tensor, planes: range, blocks_per_chunk: int) -> None:
+    def scatter(
+        self,
+        block_ids: torch.Tensor,
+        buffer: torch.Tensor,
+        planes: range,
+        blocks_per_chunk: int,
+        span: range | None = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         """Fill the blocks that are not SKIPPED from `buffer`."""
-        self._move(block_ids, buffer, planes, blocks_per_chunk, gathers=False)
+        self._move(block_ids, buffer, planes, blocks_per_chunk, span, stream, gathers=False)
 
     def _move(
-        self, block_ids: torch.Tensor, buffer: torch.Tensor, planes: range, blocks_per_chunk: int, *, gathers: bool
+        self,
+        block_ids: torch.Tensor,
+        buffer: torch.Tensor,
+        planes: range,
+        blocks_per_chunk: int,
+        span: range | None,
+        stream: torch.cuda.Stream | None,
+        *,
+        gathers: bool,
     ) -> None:
-        if self.uses_triton:
-            from lmcache.transfer.triton_kernel import move_blocks
+        span = range(block_ids.numel()) if span is None else span
+        if self._triton is not None:
+            self._triton.move(block_ids, buffer, span, planes, blocks_per_chunk, gathers, stream)
+        else:
+            with torch.cuda.stream(stream) if stream is not None else nullcontext():
+                self._move_by_torch(block_ids[span.start : span.stop], buffer, planes, blocks_per_chunk, gathers)
 
-            addresses, strides = self._table(planes)
-            move_blocks(addresses, strides, block_ids, buffer, blocks_per_chunk, self._block_bytes, self._word_bytes, gathers)
-            return
+    def _move_by_torch(
+        self, block_ids: torch.Tensor, buffer: torch.Tensor, planes: range, blocks_per_chunk: int, gathers: bool
+    ) -> None:
         num_chunks = block_ids.numel() // blocks_per_chunk
         used = buffer[: num_chunks * len(planes) * blocks_per_chunk * self._block_bytes]
         packed = used.view(num_chunks, len(planes), blocks_per_chunk, self._block_bytes)
@@ -72,13 +108,6 @@ class BlockMover:
             else:
                 rows = packed[:, index].reshape(-1, self._block_bytes)
                 plane[block_ids[is_wanted]] = rows[is_wanted]
-
-    def _table(self, planes: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where some planes begin, and their strides."""
-        if planes not in self._tables:
-            span = slice(planes.start, planes.stop)
-            self._tables[planes] = self._addresses[span], self._strides[span]
-        return self._tables[planes]
 
 
 def _word_bytes(planes: Sequence[torch.Tensor]) -> int:

@@ -114,7 +114,7 @@ def test_a_store_waits_for_the_producer_and_a_load_for_the_user_of_its_blocks():
 def test_blocks_are_used_anew_only_after_a_store_that_still_waits_for_its_step_has_read_them():
     case = Case(4, 64, 65536, 0, 4, seed=6, staging_bytes=4 * MIB)
     extents, expected = case.extents(spread=False), case.expected()
-    num_pieces = len(case.copier._pieces(case.num_chunks, case.size, 2 * MIB))
+    num_pieces = len(list(case.copier._pieces(case.num_chunks, case.size, 2 * MIB)))
     handed_over, failures = [], []
     pinner = PoolPinner(driver(), driver().current_context(), address_of(case.pool), len(case.pool))
     pinner.start()

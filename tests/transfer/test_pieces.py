@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="needs torch: make setup-vllm")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from lmcache.transfer.cuda import cut, pieces, runs  # noqa: E402
+from lmcache.transfer.cuda import cut_last, pieces, runs  # noqa: E402
 from lmcache.transfer.driver import CudaError  # noqa: E402
 from lmcache.transfer.pinning import PoolPinner, address_of  # noqa: E402
 
@@ -29,20 +29,29 @@ def test_pieces_fit_a_slot_and_cover_each_block_of_each_plane_once_in_order(chun
     assert seen == [(chunk, plane, block) for chunk in range(chunks) for plane in range(planes) for block in range(size)]
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 200), st.booleans())
-def test_a_piece_is_cut_in_two_that_follow_each_other(chunks, size, planes, per_slot, from_end):
-    def blocks(piece):
-        return [(chunk, plane, block) for chunk in piece.chunks for plane in piece.planes for block in piece.blocks]
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 200), st.integers(0, 100))
+def test_the_last_piece_is_cut_in_two_that_follow_each_other(chunks, size, planes, per_slot, min_blocks):
+    def blocks(found):
+        return [
+            (chunk, plane, block)
+            for piece in found
+            for chunk in piece.chunks
+            for plane in piece.planes
+            for block in piece.blocks
+        ]
 
-    for piece in pieces(chunks, size, planes, per_slot):
-        parts = cut(piece, from_end)
-        assert [block for part in parts for block in blocks(part)] == blocks(piece)
-        assert all(part.num_blocks for part in parts)
-        assert len(parts) == (1 if piece.num_blocks == 1 else 2)
-        assert parts[-1 if from_end else 0].num_blocks <= max(1, piece.num_blocks / 2)
-        for part in parts:  # as `pieces` makes them
-            assert len(part.chunks) == 1 or (len(part.planes), len(part.blocks)) == (planes, size)
-            assert len(part.planes) == 1 or len(part.blocks) == size
+    whole = list(pieces(chunks, size, planes, per_slot))
+    found = list(cut_last(iter(whole), min_blocks))
+    assert blocks(found) == blocks(whole)
+    assert all(piece.num_blocks for piece in found)
+    assert found[: len(whole) - 1] == whole[:-1]
+    is_cut = whole[-1].num_blocks >= max(2, min_blocks)
+    assert len(found) == len(whole) + is_cut
+    assert found[-1].num_blocks <= whole[-1].num_blocks / (2 if is_cut else 1)
+    for piece in found:  # as `pieces` makes them
+        assert len(piece.chunks) == 1 or (len(piece.planes), len(piece.blocks)) == (planes, size)
+        assert len(piece.planes) == 1 or len(piece.blocks) == size
+        assert list(piece.span(size)) == sorted({chunk * size + block for chunk, _, block in blocks([piece])})
 
 
 def test_neighbours_are_one_copy():
