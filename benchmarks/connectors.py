@@ -105,6 +105,7 @@ class TimedConnector(LMCacheMPConnector):
         self._floor: MemcpyFloor | None = None
         self._memcpy_first = False
         self._copy_seconds = 0.0
+        self._on_device: tuple[Any, ...] = ()  # events around the copies of the last load, where KV is on a GPU
 
     def _stamp(self, request_id: str, name: str) -> None:
         self._stamps.setdefault(request_id, {}).setdefault(name, time.monotonic())
@@ -152,6 +153,9 @@ class TimedConnector(LMCacheMPConnector):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         super().register_kv_caches(kv_caches)
         copier = self._worker._copier
+        if copier.stores_later:
+            self._time_on_device(copier)
+            return
         scatter = copier.scatter
 
         def timed_scatter(*args: Any) -> None:
@@ -160,6 +164,21 @@ class TimedConnector(LMCacheMPConnector):
             self._copy_seconds += time.monotonic() - started
 
         copier.scatter = timed_scatter
+
+    def _time_on_device(self, copier: Any) -> None:
+        import torch
+
+        begin = copier.begin_scatter
+
+        def timed_begin(*args: Any) -> Any:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record(copier._loads.copies)
+            transfer = begin(*args)
+            last.record(copier._loads.kernels)
+            self._on_device = first, last
+            return transfer
+
+        copier.begin_scatter = timed_begin
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         loads = self._connector_metadata.plan.loads
@@ -203,6 +222,10 @@ class TimedConnector(LMCacheMPConnector):
         if self._request_id:
             self._stamp(self._request_id, "forward_end")
         super().wait_for_save()
+        if self._request_id and self._on_device:
+            self._stamp(self._request_id, "load_settled")
+            first, last = self._on_device
+            self._stamps[self._request_id]["copy_seconds"] = first.elapsed_time(last) / 1e3
 
     def build_connector_worker_meta(self) -> Any:
         meta = super().build_connector_worker_meta()

@@ -17,7 +17,6 @@ Run: python benchmarks/engine_ttft.py [--one-engine] [--rounds 30] [--restarts 3
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,6 +33,7 @@ from engines import (
     make_prompt,
     make_tiny_model,
     python_path,
+    read_stamps,
     transfer_flags,
 )
 
@@ -122,15 +122,8 @@ class Bench:
 
     def stamps(self, prefix: str) -> list[dict[str, float]]:
         """Return what all processes noted of the requests whose id begins so, one dictionary a request."""
-        merged: dict[str, dict[str, float]] = {}
-        for line in self.stamps_path.read_text().splitlines():
-            values = json.loads(line)
-            noted_as = values.pop("request")
-            for request_id, answer in self.answers.items():
-                if request_id.startswith(prefix) and request_id in noted_as:
-                    found = merged.setdefault(request_id, {"sent": answer.sent_at, "client_first_token": answer.first_token_at})
-                    found.update(values)
-        return list(merged.values())
+        wanted = {request_id: answer for request_id, answer in self.answers.items() if request_id.startswith(prefix)}
+        return list(read_stamps(self.stamps_path, wanted).values())
 
     def timeline(self, prefix: str) -> dict[str, float]:
         """Return ms after the request was sent, medians."""

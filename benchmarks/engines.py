@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,19 @@ def stream(connection: http.client.HTTPConnection, prompt: list[int], max_tokens
     return Answer(sent_at, first_token_at, ended_at, usage["prompt_tokens"], cached, usage["completion_tokens"])
 
 
+def read_stamps(path: Path, answers: Mapping[str, Answer]) -> dict[str, dict[str, float]]:
+    """Return what all processes noted of requests (see `connectors.py`), by the id that the client gave them."""
+    merged: dict[str, dict[str, float]] = {}
+    for line in path.read_text().splitlines():
+        values = json.loads(line)
+        noted_as = values.pop("request")
+        for request_id, answer in answers.items():
+            if request_id in noted_as:
+                found = merged.setdefault(request_id, {"sent": answer.sent_at, "client_first_token": answer.first_token_at})
+                found.update(values)
+    return merged
+
+
 def end_on_sigterm() -> None:
     """Make SIGTERM end this process as Ctrl-C does: with the engines that it has started."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -147,6 +161,7 @@ __all__ = [
     "make_prompt",
     "make_tiny_model",
     "python_path",
+    "read_stamps",
     "stream",
     "transfer_config",
     "transfer_flags",

@@ -84,6 +84,11 @@ class Cache:
         self._mq.call(Clear())
 
 
+def engine_env(name: str, log_dir: Path) -> dict[str, str]:
+    """Return what an engine's environment has to say; each has its own folder for compiled code."""
+    return {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CACHE_ROOT": f"{os.environ.get('VLLM_CACHE_ROOT', log_dir)}/{name}"}
+
+
 def reset(engine: Engine) -> None:
     """Empty vLLM's own prefix cache."""
     with urllib.request.urlopen(urllib.request.Request(f"{engine.url}/reset_prefix_cache", method="POST"), timeout=60):
@@ -216,13 +221,12 @@ def main() -> None:
     wire = pinned_gb_per_s()
     with ExitStack() as stack:
         log_dir = args.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        log_dir.mkdir(parents=True, exist_ok=True)
         url, server_pid = stack.enter_context(server("--l1-size-gb", str(args.l1_gib)))
         cache = Cache(url)
         flags = ["--max-model-len", "40960", "--no-enforce-eager", *args.vllm_flags]
-        env = {"VLLM_SERVER_DEV_MODE": "1"}
-        roots = os.environ.get("VLLM_CACHE_ROOT", "")
         engines = {
-            name: Engine(name, args.model, log_dir, [*flags, *more], {**env, "VLLM_CACHE_ROOT": f"{roots or log_dir}/{name}"})
+            name: Engine(name, args.model, log_dir, [*flags, *more], engine_env(name, log_dir))
             for name, more in (("ours", transfer_flags(url)), ("plain", []))
         }
         started = time.monotonic()
