@@ -17,6 +17,7 @@ from lmcache.transfer.cpu import CpuCopier  # noqa: E402
 from lmcache.transfer.cuda import CudaCopier, wait_for  # noqa: E402
 from lmcache.transfer.driver import driver  # noqa: E402
 from lmcache.transfer.pinning import PoolPinner, address_of  # noqa: E402
+from tests.transfer.layouts import KINDS, random_kv  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 MIB = 1 << 20
@@ -77,6 +78,30 @@ def test_gather_and_scatter_equal_the_reference(data):
     case.copier.scatter([extent.toreadonly() for extent in extents], ids, skip)
     case.reference.scatter(extents, ids, skip)
     assert torch.equal(case.device.cpu(), case.host)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(KINDS), st.integers(0, 2**31), st.booleans(), st.data())
+def test_every_layout_is_copied_as_the_reference_does(kind, seed, uses_triton, data):
+    kv = random_kv(seed, kind)
+    layout, planes, memory = kv.layout(), kv.planes(), kv.memory.cuda()
+    on_device = [memory.as_strided(plane.shape, plane.stride(), plane.storage_offset()) for plane in planes]
+    copier, reference = CudaCopier(layout, on_device, 1 * MIB, uses_triton), CpuCopier(layout, planes)
+    size = data.draw(st.integers(1, kv.num_blocks // 2), label="size")
+    ids = data.draw(st.permutations(range(kv.num_blocks)), label="ids")[: kv.num_blocks // size * size]
+    extents, expected = (
+        [memoryview(bytearray(size * layout.bytes_per_block)) for _ in range(len(ids) // size)] for _ in range(2)
+    )
+    reference.gather(ids, expected)
+    copier.gather(ids, extents)
+    assert [bytes(extent) for extent in extents] == [bytes(extent) for extent in expected]
+    skip = data.draw(st.integers(0, size), label="skip")
+    end = data.draw(st.integers(skip, len(ids)), label="end")
+    memory.fill_(0xEE)
+    kv.memory.fill_(0xEE)
+    copier.scatter(extents, ids[skip:end], skip)
+    reference.scatter(expected, ids[skip:end], skip)
+    assert torch.equal(memory.cpu(), kv.memory)
 
 
 def busy(milliseconds):
