@@ -221,6 +221,9 @@ class Client:
     def watch_mapping(self, watch):
         pass
 
+    def watch_pins(self, ask):
+        assert ask() is None
+
     def register(self, namespace, layout, *args, **options):
         assert namespace.layout == layout.fingerprint
         self.layout = layout

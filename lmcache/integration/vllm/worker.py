@@ -114,8 +114,11 @@ class WorkerHalf:
             self._background = BackgroundStores(self._store_job, copier.prepare_thread())
         try:
             self._client.watch_mapping(copier.pin_pool)
+            self._client.watch_pins(copier.pin_report)
             processes = [token for token in map(process_token, (os.getpid(), os.getppid())) if token]
-            reply = self._client.register(namespace, copier.layout, rank, namespace.world_size, processes)
+            reply = self._client.register(
+                namespace, copier.layout, rank, namespace.world_size, processes, backend=copier.backend
+            )
             logger.info(
                 "KV cache server found: %.1f KiB a token, L1 holds %d tokens",
                 reply.bytes_per_token / 1024,
