@@ -10,7 +10,8 @@ The bytes of one chunk, which every copier produces and the layout's fingerprint
     plane = [block 0 | block 1 | ...]   blocks in token order, `block_bytes` each, as in the engine
 
 Block b of plane p of layer l thus starts at
-`((l * num_planes + p) * blocks_per_chunk + b) * block_bytes`.
+`((l * num_planes + p) * blocks_per_chunk + b) * block_bytes`. Layers that the engine keeps side by side in each block
+are one layer here.
 """
 
 from __future__ import annotations
