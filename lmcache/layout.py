@@ -27,7 +27,8 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
 
     `num_planes` counts the separate pieces of one block in one layer (2 where keys and values lie apart, else 1);
     `block_bytes` is the length of one such piece; `block_size` is in tokens; `order` names the order of axes inside
-    a piece, because equal sizes with another order are other bytes.
+    a piece, because equal sizes with another order are other bytes. Where the engine keeps all layers of a block side by
+    side they are one tensor: then `layers_per_block` of the model's layers lie in each of its blocks, else 1.
     """
 
     num_layers: Layers
@@ -36,6 +37,7 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
     block_size: BlockTokens
     dtype: Label
     order: Label = ""
+    layers_per_block: Layers = 1
 
     @property
     def bytes_per_block(self) -> int:
@@ -52,7 +54,10 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
         """16 hex digits that differ whenever any field differs."""
         from hashlib import sha256
 
-        return sha256(msgspec.msgpack.encode(self)).hexdigest()[:16]
+        fields = msgspec.to_builtins(self)
+        if self.layers_per_block == 1:  # as before there was this field: what is stored stays usable
+            del fields["layers_per_block"]
+        return sha256(msgspec.msgpack.encode(fields)).hexdigest()[:16]
 
     def blocks_per_chunk(self, chunk_size: int) -> int:
         """Return the whole number of blocks in a chunk.

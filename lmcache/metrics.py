@@ -133,6 +133,10 @@ SPECS: tuple[MetricSpec, ...] = (
         "Chunks committed that hold generated tokens (save_decode_cache); reported by engines.",
     ),
     _counter(
+        "lmcache_unpinned_copied_bytes",
+        "Bytes that GPUs copied from or to memory of L1 that was not pinned, or not yet: slower; reported by engines.",
+    ),
+    _counter(
         "lmcache_evicted_chunks",
         "Chunks removed: for room on demand, above the watermark, by EVICT (request) or by CLEAR.",
         reason=("demand", "watermark", "request", "clear"),
@@ -159,6 +163,10 @@ SPECS: tuple[MetricSpec, ...] = (
     ),
     _gauge("lmcache_l1_reserved_bytes", "Bytes of L1 that are reserved and not committed."),
     _gauge("lmcache_l1_pinned_bytes", "Bytes of L1 that are pinned."),
+    _gauge(
+        "lmcache_unpinned_bytes",
+        "Bytes of L1 that connected GPUs could not pin and so copy slower, added up over the GPUs.",
+    ),
     _gauge("lmcache_l1_largest_free_bytes", "Longest run of free bytes in L1."),
     _gauge("lmcache_l1_chunks", "Committed chunks in L1."),
     _gauge("lmcache_pins", "Pins held, counted one by one."),

@@ -216,6 +216,8 @@ class RegisterKVCache(Request[RegisterReply], tag="REGISTER_KV_CACHE"):
     world_size: WorldSize = 1
     processes: Annotated[list[Name], Meta(max_length=4)] = []
     """The rank's own process and its parent: by one of them its engine's scheduler finds it (FIND_WORKERS)."""
+    backend: Name = ""
+    """What moves its bytes, for people: "cuda, Triton"."""
 
 
 class WorkersReply(Reply):
@@ -254,12 +256,25 @@ class FailureReason(str, enum.Enum):
     ERROR = "error"
 
 
+class PinReport(Struct, frozen=True, kw_only=True):
+    """How much of the pool that an engine mapped its GPU reaches at the speed of the wire.
+
+    Of `pool_bytes` `pinned_bytes` are pinned and `unpinned_bytes` could not be; what is in neither has not been tried yet.
+    `unpinned_copied_bytes`: what was copied through memory that was not pinned, since the client introduced itself.
+    """
+
+    pool_bytes: Count = 0
+    pinned_bytes: Count = 0
+    unpinned_bytes: Count = 0
+    unpinned_copied_bytes: Count = 0
+
+
 class Report(Request[Reply], tag="REPORT"):
     """What an engine counted since its last report and the server cannot see: sent with the heartbeat.
 
     `failed_blocks`: engine blocks that a load did not fill. `failed_lookups`: lookups that became misses because no
     answer came. `decode_chunks`: those of its stored chunks that hold generated tokens. `loaded_chunks`: those that it read
-    at the places of a LOOKUP, sent at the end of the step that did.
+    at the places of a LOOKUP, sent at the end of the step that did. `pins`: how things are, when that has changed.
     """
 
     client: ClientId
@@ -267,6 +282,7 @@ class Report(Request[Reply], tag="REPORT"):
     failed_lookups: dict[FailureReason, Increment] = {}
     decode_chunks: Increment = 0
     loaded_chunks: Annotated[int, Meta(ge=0, le=MAX_CHUNKS)] = 0
+    pins: PinReport | None = None
 
 
 class LookupReply(Reply):

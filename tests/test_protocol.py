@@ -64,8 +64,14 @@ REQUIRED: dict[str, dict[str, Any]] = {
 OPTIONAL: dict[str, dict[str, Any]] = {
     "NOOP": {"client": CLIENT},
     "HELLO": {"pid": 7, "features": 5, "software": "lmcache 9"},
-    "REGISTER_KV_CACHE": {"rank": 3, "world_size": 4, "processes": ["p", "q"]},
-    "REPORT": {"failed_blocks": {"stale": 3}, "failed_lookups": {"deadline": 1}, "decode_chunks": 2, "loaded_chunks": 1},
+    "REGISTER_KV_CACHE": {"rank": 3, "world_size": 4, "processes": ["p", "q"], "backend": "cuda, Triton"},
+    "REPORT": {
+        "failed_blocks": {"stale": 3},
+        "failed_lookups": {"deadline": 1},
+        "decode_chunks": 2,
+        "loaded_chunks": 1,
+        "pins": {"pool_bytes": 9, "pinned_bytes": 5, "unpinned_bytes": 1, "unpinned_copied_bytes": 2**62},
+    },
     "LOOKUP": {"client": CLIENT, "request_id": "r", "world_size": 4, "places": True, "timeout_seconds": 1.5},
     "FREE_LOOKUP_LOCKS": {"start": 1, "end": 2},
     "END_SESSION": {"client": CLIENT},
@@ -125,13 +131,19 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "software": ["x" * 513],
     "decode_chunks": [-1, 2**32 + 1],
     "loaded_chunks": [-1, MAX_CHUNKS + 1],
+    "pins": [{"pool_bytes": -1}, {"pinned_bytes": 2**62 + 1}, {"unpinned_bytes": "1"}, {"unpinned_copied_bytes": 1.5}, 7],
+    "backend": ["x" * 513],
     "process": ["", "x" * 513],
     "processes": [["x" * 513], ["p"] * 5, [1]],
 }
 WRONG_TYPES = [1.5, "text", b"\xff", True, [1], {"a": 1}, None]
-NULL_ALLOWED = {("NOOP", "client"), ("LOOKUP", "client"), ("LOOKUP", "timeout_seconds"), ("END_SESSION", "client")} | {
-    ("EVICT", field) for field in ("num_bytes", "ratio", "model", "older_than_seconds")
-}
+NULL_ALLOWED = {
+    ("NOOP", "client"),
+    ("LOOKUP", "client"),
+    ("LOOKUP", "timeout_seconds"),
+    ("END_SESSION", "client"),
+    ("REPORT", "pins"),
+} | {("EVICT", field) for field in ("num_bytes", "ratio", "model", "older_than_seconds")}
 
 
 def header(op: str, **fields: Any) -> bytes:

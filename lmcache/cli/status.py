@@ -12,7 +12,8 @@ import msgspec
 
 from lmcache.cli.base import Url, send_request
 from lmcache.keys import Namespace
-from lmcache.protocol import Status
+from lmcache.layout import KVLayout
+from lmcache.protocol import PinReport, Status
 
 
 class ProtocolRange(msgspec.Struct):
@@ -47,6 +48,7 @@ class ClientView(msgspec.Struct):
     age_seconds: float = 0.0
     pins: int = 0
     reservations: int = 0
+    gpu_pins: PinReport | None = None
 
 
 class ModelView(msgspec.Struct):
@@ -55,6 +57,8 @@ class ModelView(msgspec.Struct):
     namespace: Namespace
     namespace_id: int = 0
     bytes_per_token: int = 0
+    layout: KVLayout | None = None
+    transfer_backends: list[str] = []
     world_size: int = 1
     ranks: list[int] = []
     l1_tokens: int = 0

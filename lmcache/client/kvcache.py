@@ -51,6 +51,7 @@ from lmcache.protocol import (
     Lookup,
     LookupReply,
     Noop,
+    PinReport,
     PinsReply,
     Placement,
     Put,
@@ -102,6 +103,9 @@ class Attachment:
         self._lock = threading.Lock()
         self._num_users = 1
         self._unwatch: Callable[[], None] | None = None
+        # What this life of ours has told the server, and what was copied, and told, before it.
+        self.told_pins: PinReport | None = None
+        self.copied_before_bytes = 0
 
     def watch(self, watch: WatchMapping) -> None:
         """Tell of the mapping, if there is one, while the caller holds it; what `watch` returns is called before it goes."""
@@ -348,8 +352,8 @@ class Tally:
             self._decode_chunks += decode_chunks
             self._loaded_chunks += loaded_chunks
 
-    def take(self, client_id: str) -> Report | None:
-        """Return what was counted and begin anew; None when there is nothing to report."""
+    def take(self, client_id: str, pins: PinReport | None = None) -> Report | None:
+        """Return what was counted and begin anew; None when there is nothing to report, `pins` neither."""
         with self._lock:
             report = Report(
                 client=client_id,
@@ -357,13 +361,14 @@ class Tally:
                 failed_lookups=dict(self._failed_lookups),
                 decode_chunks=self._decode_chunks,
                 loaded_chunks=min(self._loaded_chunks, MAX_CHUNKS),
+                pins=pins,
             )
             self._failed_blocks.clear()
             self._failed_lookups.clear()
             self._decode_chunks = 0
             self._loaded_chunks -= report.loaded_chunks
-        has_news = report.failed_blocks or report.failed_lookups or report.decode_chunks or report.loaded_chunks
-        return report if has_news else None
+        counted = report.failed_blocks or report.failed_lookups or report.decode_chunks or report.loaded_chunks
+        return report if counted or pins is not None else None
 
     def give_back(self, report: Report) -> None:
         """Count a report that was not delivered again."""
@@ -441,6 +446,8 @@ class KVCacheClient:
         self._attachment: Attachment | None = None
         self._registration: Callable[[Attachment], RegisterKVCache] | None = None
         self._watch: WatchMapping | None = None
+        self._ask_pins: Callable[[], PinReport | None] = lambda: None
+        self._copied_bytes = 0
         self._down_reason = ""
         self._log = RateLimitedLog(logger)
         self._stop = threading.Event()
@@ -507,6 +514,27 @@ class KVCacheClient:
             finally:
                 self._introducing.release()
 
+    def watch_pins(self, ask: Callable[[], PinReport | None]) -> None:
+        """Tell the server with each heartbeat what `ask` answers, if that is new.
+
+        Any thread may call `ask`. It answers at once, and counts what was copied for as long as this client lives.
+        """
+        self._ask_pins = ask
+
+    def _new_pins(self, attachment: Attachment) -> PinReport | None:
+        """Return what the server has not been told yet. An introduction begins to count anew, so that nothing counts twice."""
+        pins = self._ask_pins()
+        if pins is None:
+            return None
+        copied_bytes = max(0, pins.unpinned_copied_bytes - attachment.copied_before_bytes)
+        pins = msgspec.structs.replace(pins, unpinned_copied_bytes=copied_bytes)
+        return pins if pins != attachment.told_pins else None
+
+    def _note_told(self, attachment: Attachment, pins: PinReport | None) -> None:
+        if pins is not None:
+            attachment.told_pins = pins
+            self._copied_bytes = attachment.copied_before_bytes + pins.unpinned_copied_bytes
+
     def _introduce_and_register(self) -> Attachment:
         self._check_up()
         attachment = self._introduce()
@@ -521,6 +549,7 @@ class KVCacheClient:
             raise
         if self._watch is not None:
             attachment.watch(self._watch)
+        attachment.copied_before_bytes = self._copied_bytes
         self._attachment = attachment
         return attachment
 
@@ -641,13 +670,14 @@ class KVCacheClient:
         return min(attachment.lease_seconds / 3, self._heartbeat_seconds)
 
     def _report(self, attachment: Attachment) -> None:
-        report = self.tally.take(attachment.client_id)
+        report = self.tally.take(attachment.client_id, self._new_pins(attachment))
         if report is not None:
             try:
                 self.mq.call(report, timeout_seconds=min(self.mq.timeout_seconds, BACKOFF_MAX_SECONDS))
             except LMCacheError:
                 self.tally.give_back(report)
                 raise
+            self._note_told(attachment, report.pins)
 
     def post_report(self) -> None:
         """Tell the server now what was counted, without waiting for the reply; what cannot be sent is told by the heartbeat."""
@@ -702,9 +732,15 @@ class KVCacheClient:
     # -- engine's registration ----------------------------------------------------------------------------------------
 
     def register(
-        self, namespace: Namespace, layout: KVLayout, rank: int = 0, world_size: int = 1, processes: Sequence[str] = ()
+        self,
+        namespace: Namespace,
+        layout: KVLayout,
+        rank: int = 0,
+        world_size: int = 1,
+        processes: Sequence[str] = (),
+        backend: str = "",
     ) -> RegisterReply:
-        """Tell the server what this rank's KV looks like, and by which processes `find_workers` finds it.
+        """Tell the server what this rank's KV looks like, by which processes `find_workers` finds it, and what moves it.
 
         The namespace's chunk size is replaced by the server's. After an error too, the next life of
         the server is told by itself: it may accept, or be there.
@@ -720,6 +756,7 @@ class KVCacheClient:
                 rank=rank,
                 world_size=world_size,
                 processes=list(processes),
+                backend=backend,
             )
 
         self._registration = request

@@ -17,7 +17,7 @@ import msgspec
 from lmcache import __version__
 from lmcache.errors import LMCacheError, ProtocolError, RemoteError
 from lmcache.keys import KEY_BYTES, Namespace
-from lmcache.layout import SUPPORTED_DEVICES, SUPPORTED_KV_GROUPS
+from lmcache.layout import SUPPORTED_DEVICES, SUPPORTED_KV_GROUPS, KVLayout
 from lmcache.log import RateLimitedLog, init_logger
 from lmcache.metrics import Metrics
 from lmcache.pool import PAGE_BYTES, PoolFile, is_client_alive, remove_client_file
@@ -50,6 +50,7 @@ from lmcache.protocol import (
     LookupReply,
     Noop,
     NoopReply,
+    PinReport,
     PinsReply,
     Placement,
     Put,
@@ -96,6 +97,8 @@ TIMEOUT_SHARE = 0.75
 # Both are only there so that no sequence of good requests makes the server grow without end.
 MAX_PENDING_CLEARS = 64
 MAX_MODELS = 1024
+# No GPU copies more between two heartbeats; made-up reports must not outgrow what a message can hold.
+MAX_COPIED_BYTES = 1 << 36
 
 Payload = Sequence[bytes | memoryview]
 
@@ -122,6 +125,7 @@ class Model(msgspec.Struct):
     namespace: Namespace
     bytes_per_token: dict[int, int]
     world_size: int
+    layout: KVLayout
 
 
 class Pending(msgspec.Struct, frozen=True):
@@ -371,7 +375,7 @@ class CacheService:
             )
         client.registration = request
         engine = namespace.for_request()
-        model = self._models.setdefault(engine.id, Model(engine, {}, request.world_size))
+        model = self._models.setdefault(engine.id, Model(engine, {}, request.world_size, request.layout))
         is_new = request.rank not in model.bytes_per_token
         if not model.bytes_per_token:
             self._note_differences(engine)
@@ -407,8 +411,13 @@ class CacheService:
             for id_ in [id_ for id_ in self._models if id_ not in live][: len(self._models) - MAX_MODELS]:
                 del self._models[id_]
 
-    def _live_models(self) -> set[int]:
-        return {c.registration.namespace.id for c in self.sessions.clients.values() if c.registration is not None}
+    def _live_models(self) -> dict[int, set[str]]:
+        """Return what moves the bytes of each model that an engine is registered for."""
+        backends: dict[int, set[str]] = {}
+        for client in self.sessions.clients.values():
+            if client.registration is not None:
+                backends.setdefault(client.registration.namespace.id, set()).add(client.registration.backend)
+        return backends
 
     def _l1_tokens(self, model: Model) -> int:
         known = model.bytes_per_token
@@ -427,6 +436,8 @@ class CacheService:
 
     def _report(self, request: Report, payload: Payload) -> Answer:
         client = self._client(request.client)
+        if request.pins is not None:
+            self._note_pins(client, request.pins)
         for reason, count in request.failed_blocks.items():
             self.metrics.count("lmcache_retrieve_failed", reason.value, by=count)
         for reason, count in request.failed_lookups.items():
@@ -434,6 +445,23 @@ class CacheService:
         self.metrics.count("lmcache_stored_decode_chunks", by=request.decode_chunks)
         self._count_loaded(client.registration, request.loaded_chunks)
         return Answer(Reply())
+
+    def _note_pins(self, client: Client, pins: PinReport) -> None:
+        """Remember how much of the pool a client's GPU has pinned, and count what it copied without since it last told."""
+        if pins.pinned_bytes + pins.unpinned_bytes > pins.pool_bytes:
+            raise RemoteError(
+                f"{pins.pinned_bytes} bytes are pinned and {pins.unpinned_bytes} cannot be, of {pins.pool_bytes}",
+                "this is a bug of the engine's plug-in; please report it",
+                "bad_field",
+            )
+        before = client.pins.unpinned_copied_bytes if client.pins is not None else 0
+        client.pins = pins
+        copied_bytes = min(max(0, pins.unpinned_copied_bytes - before), MAX_COPIED_BYTES)
+        self.metrics.count("lmcache_unpinned_copied_bytes", by=copied_bytes)
+
+    def _unpinned_bytes(self) -> int:
+        clients = self.sessions.clients.values()
+        return sum(c.pins.unpinned_bytes for c in clients if c.pins is not None and c.registration is not None)
 
     def _count_loaded(self, registration: RegisterKVCache | None, num_chunks: int) -> None:
         """Count chunks that an engine has read at the places of its lookup."""
@@ -853,6 +881,7 @@ class CacheService:
             ("lmcache_l1_used_bytes", l1.used_pages * PAGE_BYTES),
             ("lmcache_l1_reserved_bytes", l1.reserved_pages * PAGE_BYTES),
             ("lmcache_l1_pinned_bytes", l1.pinned_pages * PAGE_BYTES),
+            ("lmcache_unpinned_bytes", self._unpinned_bytes()),
             ("lmcache_l1_largest_free_bytes", l1.allocator.largest_free_pages * PAGE_BYTES),
             ("lmcache_l1_chunks", len(l1)),
             ("lmcache_pins", l1.num_pins),
@@ -933,13 +962,17 @@ class CacheService:
             "reservations": len(client.reservations),
             "model": registration.namespace.model if registration else None,
             "rank": registration.rank if registration else None,
+            "transfer_backend": registration.backend if registration else None,
+            "gpu_pins": msgspec.to_builtins(client.pins) if client.pins and registration else None,
         }
 
-    def _model_status(self, model: Model, live: set[int]) -> dict[str, Any]:
+    def _model_status(self, model: Model, live: dict[int, set[str]]) -> dict[str, Any]:
         return {
             "namespace": msgspec.to_builtins(model.namespace),
             "namespace_id": model.namespace.id,
             "bytes_per_token": sum(model.bytes_per_token.values()),
+            "layout": msgspec.to_builtins(model.layout),
+            "transfer_backends": sorted(live.get(model.namespace.id, set()) - {""}),
             "world_size": model.world_size,
             "ranks": sorted(model.bytes_per_token),
             "l1_tokens": self._l1_tokens(model),

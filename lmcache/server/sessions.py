@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from lmcache.pool import is_client_alive
-from lmcache.protocol import Placement, RegisterKVCache
+from lmcache.protocol import PinReport, Placement, RegisterKVCache
 
 
 class LookupPins(msgspec.Struct):
@@ -55,6 +55,7 @@ class Client(msgspec.Struct):
     software: str = ""
     presence_path: Path | None = None
     registration: RegisterKVCache | None = None
+    pins: PinReport | None = None
     sessions: dict[str, Session] = msgspec.field(default_factory=dict)
     reservations: dict[int, Placement] = msgspec.field(default_factory=dict)
 

@@ -10,7 +10,8 @@ The bytes of one chunk, which every copier produces and the layout's fingerprint
     plane = [block 0 | block 1 | ...]   blocks in token order, `block_bytes` each, as in the engine
 
 Block b of plane p of layer l thus starts at
-`((l * num_planes + p) * blocks_per_chunk + b) * block_bytes`.
+`((l * num_planes + p) * blocks_per_chunk + b) * block_bytes`. Layers that the engine keeps side by side in each block
+are one layer here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from lmcache.errors import DeadlineError, LayoutMismatchError, LMCacheError
 from lmcache.layout import KVLayout
 from lmcache.pool import PoolView
+from lmcache.protocol import PinReport
 
 Extent = memoryview
 # A transfer of 4 GiB to or from a GPU takes 80 ms; one that takes this long will not come to an end.
@@ -59,6 +61,8 @@ class ChunkCopier(ABC):
 
     # Whether a store takes longer than an engine's step should wait: then it belongs on a thread of its own.
     stores_later = False
+    # What moves the bytes, for people.
+    backend = "cpu"
 
     def __init__(self, layout: KVLayout, num_blocks: int) -> None:
         self.layout = layout
@@ -115,6 +119,13 @@ class ChunkCopier(ABC):
     def pin_pool(self, view: PoolView) -> Callable[[], None]:
         """Prepare a mapped pool for copies, in the background; return how to undo that before it is unmapped."""
         return lambda: None
+
+    def pin_report(self) -> PinReport | None:
+        """Return how much of the mapped pool is pinned, and what was copied without; None where nothing needs to be pinned.
+
+        Any thread may ask. What was copied is counted since this copier was made.
+        """
+        return None
 
     def check(self, block_ids: Sequence[int], extents: Sequence[Extent], skip_blocks: int = 0) -> int:
         """Return the blocks of one extent, if all ids are the engine's and fit after those skipped.

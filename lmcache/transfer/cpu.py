@@ -17,6 +17,31 @@ from lmcache.layout import KVLayout
 from lmcache.transfer.base import ChunkCopier, Extent
 
 
+def joined_plane(tensors: Sequence[torch.Tensor], num_blocks: int) -> torch.Tensor | None:
+    """Return the KV of all layers as one plane, [num_blocks, bytes of a block of all layers]; None where they lie apart.
+
+    Args:
+        tensors: one a layer, blocks first. They lie together when they are parts of one memory, at even distances in the
+            order given, and a block of all of them is one run of bytes, in whatever order its axes are.
+    """
+    first = tensors[0]
+    starts = [tensor.storage_offset() for tensor in tensors]
+    step = starts[1] - starts[0] if len(tensors) > 1 else 0
+    is_even = step > 0 and starts == [*range(starts[0], starts[0] + step * len(starts), step)]
+    if not is_even or any(_shape_in_memory(tensor) != _shape_in_memory(first) for tensor in tensors):
+        return None
+    size, strides = list(first.shape), list(first.stride())
+    together = first.as_strided([size[0], len(tensors), *size[1:]], [strides[0], step, *strides[1:]], starts[0])
+    try:
+        return block_plane(together, num_blocks)
+    except LayoutMismatchError:
+        return None
+
+
+def _shape_in_memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.untyped_storage().data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 def block_planes(tensor: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
     """Return one layer's KV as bytes, one plane or several, [num_blocks, block bytes] each, in the tensor's own memory.
 

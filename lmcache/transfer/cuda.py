@@ -31,6 +31,7 @@ import torch
 from lmcache.errors import LayoutMismatchError
 from lmcache.layout import KVLayout
 from lmcache.pool import PoolView
+from lmcache.protocol import PinReport
 from lmcache.transfer.base import (
     TRANSFER_SECONDS,
     CancelledTransferError,
@@ -66,6 +67,9 @@ class Pinned(Protocol):
     def split(self, address: int, num_bytes: int) -> Iterator[tuple[int, int]]:
         """Yield the parts that one copy may cover."""
 
+    def report(self, copied_bytes: int) -> PinReport:
+        """Return how much is pinned; `copied_bytes` were copied through what was not."""
+
 
 class Pageable:
     """Memory that is not pinned at all."""
@@ -77,6 +81,10 @@ class Pageable:
     def split(self, address: int, num_bytes: int) -> Iterator[tuple[int, int]]:
         """Yield the whole range."""
         yield address, num_bytes
+
+    def report(self, copied_bytes: int) -> PinReport:
+        """Nothing."""
+        return PinReport(unpinned_copied_bytes=copied_bytes)
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ class BlockIds:
     def __init__(self, device: torch.device, capacity: int) -> None:
         self.capacity = capacity
         self.user: CudaTransfer | None = None
-        self._on_host = torch.empty(capacity, dtype=torch.int64, pin_memory=True)
+        self._on_host = torch.empty(capacity, dtype=torch.int64).pin_memory()
         self._view = self._on_host.numpy()
         self._on_device = torch.empty(capacity, dtype=torch.int64, device=device)
 
@@ -272,6 +280,15 @@ class CudaCopier(ChunkCopier):
             pinner.close()
 
         return undo
+
+    @property
+    def backend(self) -> str:  # type: ignore[override]
+        """What moves the bytes, for people."""
+        return "cuda, Triton" if self._mover.uses_triton else "cuda, PyTorch (slower)"
+
+    def pin_report(self) -> PinReport:
+        """Return how much of the mapped pool is pinned, and what was copied without."""
+        return self.pinned.report(self.unpinned_bytes)
 
     # -- device to host -----------------------------------------------------------------------------------------------
 

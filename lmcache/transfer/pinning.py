@@ -10,6 +10,7 @@ import ctypes
 import os
 import resource
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lmcache.log import init_logger
+from lmcache.protocol import PinReport
 from lmcache.transfer.driver import CudaDriver, CudaError
 
 logger = init_logger(__name__)
@@ -28,6 +30,8 @@ POPULATE_BYTES = 64 << 20
 MAX_THREADS = 8
 MADV_POPULATE_WRITE = 23
 CLOSE_SECONDS = 30.0
+# Between two lines about how far it is: a pool that takes longer is big enough to be asked about.
+PROGRESS_SECONDS = 5.0
 
 
 class PoolPinner:
@@ -46,7 +50,7 @@ class PoolPinner:
         self._piece_bytes = piece_bytes
         self._num_pieces = -(-num_bytes // piece_bytes)
         self._pinned: set[int] = set()
-        self._num_tried = 0
+        self._failed: set[int] = set()
         self._stop = threading.Event()
         self._libc = ctypes.CDLL(None)
         self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "lmcache-populate")
@@ -64,12 +68,21 @@ class PoolPinner:
     @property
     def unpinned_bytes(self) -> int:
         """How much could not be pinned."""
-        return sum(self._length(index) for index in range(self._num_tried)) - self.pinned_bytes
+        return sum(self._length(index) for index in tuple(self._failed))
 
     @property
     def is_done(self) -> bool:
         """Whether every piece has been tried."""
-        return self._num_tried == self._num_pieces
+        return len(self._pinned) + len(self._failed) == self._num_pieces
+
+    def report(self, copied_bytes: int) -> PinReport:
+        """Return how far it is; `copied_bytes` were copied through what was not pinned."""
+        return PinReport(
+            pool_bytes=self._num_bytes,
+            pinned_bytes=self.pinned_bytes,
+            unpinned_bytes=self.unpinned_bytes,
+            unpinned_copied_bytes=copied_bytes,
+        )
 
     def is_pinned(self, address: int, num_bytes: int) -> bool:
         """Tell whether all of a range is pinned."""
@@ -113,12 +126,17 @@ class PoolPinner:
 
         return [self._threads.submit(populate, offset) for offset in range(0, self._length(index), POPULATE_BYTES)]
 
+    def _pin(self, index: int) -> None:
+        self._driver.register(self._address + index * self._piece_bytes, self._length(index))
+        self._pinned.add(index)
+
     def _pin_all(self) -> None:
         with self._threads:
             self._pin_pieces()
 
     def _pin_pieces(self) -> None:
         failure: CudaError | None = None
+        told_at = time.monotonic()
         try:
             self._driver.use_context(self._context)
         except CudaError as exc:
@@ -128,15 +146,18 @@ class PoolPinner:
             wait(entering, timeout=CLOSE_SECONDS)
             if self._stop.is_set():
                 return
-            if failure is None:
-                if index + 1 < self._num_pieces:  # while this one is pinned
-                    entering = self._populate(index + 1)
-                try:
-                    self._driver.register(self._address + index * self._piece_bytes, self._length(index))
-                    self._pinned.add(index)
-                except CudaError as exc:
-                    failure = exc
-            self._num_tried += 1
+            try:
+                if failure is None:
+                    entering = self._populate(index + 1)  # while this one is pinned
+                    self._pin(index)
+            except CudaError as exc:
+                failure = exc
+            if failure is not None:
+                self._failed.add(index)
+            elif time.monotonic() - told_at >= PROGRESS_SECONDS:
+                told_at = time.monotonic()
+                done_bytes, whole = self.pinned_bytes, self._num_bytes
+                logger.info("pinning the pool: %d %% of %.2f GiB", 100 * done_bytes // whole, whole / 2**30)
         if failure is None:
             logger.info("pinned %.2f GiB of the pool for the GPU", self.pinned_bytes / 2**30)
         else:

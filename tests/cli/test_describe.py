@@ -3,9 +3,11 @@
 import json
 import re
 
+import msgspec
+
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.keys import chunk_keys
-from tests.cli.conftest import CHUNK_BYTES, MODEL, Cli, namespace
+from tests.cli.conftest import CHUNK_BYTES, LAYOUT, MODEL, Cli, namespace
 from tests.cli.peers import http_peer
 from tests.server_process import LmcacheServer, running_lmcache
 
@@ -67,6 +69,53 @@ def test_models_clients_and_use_are_shown(cli: Cli, engine: KVCacheClient):
     assert found["Engine"] == "connected"
     assert found["Ranks registered"] == "1/1"
     assert any(label.startswith("test-engine ") and "shared memory" in value for label, value in found.items())
+
+
+def test_the_layout_and_what_moves_it_are_shown_in_words(cli: Cli, server: LmcacheServer):
+    together = msgspec.structs.replace(
+        LAYOUT, num_layers=1, num_planes=1, block_bytes=2 << 20, order="together", layers_per_block=32
+    )
+    with KVCacheClient(server.zmq_url) as apart, KVCacheClient(server.zmq_url) as joined:
+        apart.register(namespace(), LAYOUT, backend="cpu")
+        assert page_of(cli, MODEL) == {
+            "KV layout": "4 layers apart, in 2 planes each",
+            "Page size": "512 bytes (16 tokens, bfloat16)",
+            "Transfer backend": "cpu",
+        }
+        joined.register(
+            msgspec.structs.replace(namespace("joined"), layout=together.fingerprint), together, backend="cuda, Triton"
+        )
+        assert page_of(cli, "joined") == {
+            "KV layout": "32 layers together in each block",
+            "Page size": "2.0 MiB (16 tokens, bfloat16)",
+            "Transfer backend": "cuda, Triton",
+        }
+        (model,) = [m for m in cli.json("describe", "kvcache")["models"] if m["namespace"]["model"] == "joined"]
+        assert model["layout"]["layers_per_block"] == 32
+        assert model["transfer_backends"] == ["cuda, Triton"]
+
+
+def page_of(cli: Cli, model: str) -> dict[str, str]:
+    """The rows about the layout in a model's section."""
+    text = cli("describe", "kvcache").stdout.partition(f" {model}\n")[2]
+    found = fields(text.partition("Tokens that L1 holds")[0])
+    return {label: found[label] for label in ("KV layout", "Page size", "Transfer backend")}
+
+
+def test_how_much_of_the_pool_each_gpu_has_pinned_is_shown():
+    pins = {"pool_bytes": 20 << 30, "pinned_bytes": 15 << 30, "unpinned_bytes": 0, "unpinned_copied_bytes": 0}
+    halfway = {"id": "1", "kind": "engine-worker", "pid": 7, "gpu_pins": pins}
+    failed = {**halfway, "pid": 8, "gpu_pins": {**pins, "unpinned_bytes": 5 << 30, "unpinned_copied_bytes": 3 << 30}}
+    on_a_cpu = {**halfway, "pid": 9, "gpu_pins": None}
+    for client, told in (
+        (halfway, {"Pool pinned (GB)": "15.0 (75.0%), going on"}),
+        (failed, {"Pool pinned (GB)": "15.0 (75.0%)", "Pool not pinnable (GB)": "5.0 (25.0%)", "Copied unpinned (GB)": "3.0"}),
+        (on_a_cpu, {}),
+    ):
+        status = {"healthy": True, "l1": {"capacity_bytes": 20 << 30, "used_bytes": 0}, "clients": [client]}
+        with http_peer(200, json.dumps(status).encode()) as port:
+            found = fields(Cli(f"http://localhost:{port}")("describe", "kvcache").stdout)
+        assert {label: value for label, value in found.items() if "inn" in label} == told
 
 
 def test_config_shows_each_value_and_its_source(cli: Cli):

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 
 import msgspec
 import pytest
@@ -11,7 +12,7 @@ from lmcache.client.kvcache import KVCacheClient, checksum
 from lmcache.errors import ChecksumError, DeadlineError, PoolError, RemoteError, StaleReadError, UnreachableError
 from lmcache.keys import KEY_BYTES, chunk_keys
 from lmcache.pool import PAGE_BYTES, Presence
-from lmcache.protocol import Clear, Evict, HelloReply, NoopReply, StoreOutcome
+from lmcache.protocol import Clear, Evict, HelloReply, NoopReply, PinReport, StoreOutcome
 from tests.fakes import Proxy, ScriptedPeer, reply_of, seconds
 from tests.pools import content, key, keys, server_in, status_of, wait_until
 from tests.server.harness import LAYOUT, namespace
@@ -343,6 +344,46 @@ def test_a_heartbeat_introduces_and_registers_again_without_being_asked(tmp_path
                 wait_until(is_registered)
                 boots.add(status_of(server)["boot"])
         assert len(boots) == 3
+
+
+class Gpu:
+    """A fake of what a GPU's copier says of the pool that is pinned for it."""
+
+    def __init__(self):
+        self.pins = PinReport(pool_bytes=100, pinned_bytes=25)
+
+    def change(self, **fields):
+        self.pins = msgspec.structs.replace(self.pins, **fields)
+
+
+def told_of(server):
+    """What the server shows of pinned memory, client by client, and what it has counted."""
+    status = status_of(server)
+    return [client["gpu_pins"] for client in status["clients"]], status["counters"]["unpinned_copied_bytes"]
+
+
+def test_what_is_pinned_is_told_when_it_changes_and_nothing_copied_counts_twice(server):
+    gpu = Gpu()
+    with KVCacheClient(server.endpoints.zmq, heartbeat=True, heartbeat_seconds=0.02, kind="engine-worker") as client:
+        client.watch_pins(lambda: gpu.pins)
+        client.register(namespace(), LAYOUT, backend="cuda, Triton")
+        wait_until(lambda: told_of(server) == ([msgspec.to_builtins(gpu.pins)], 0))
+        gpu.change(pinned_bytes=60, unpinned_bytes=40, unpinned_copied_bytes=7)
+        wait_until(lambda: told_of(server) == ([msgspec.to_builtins(gpu.pins)], 7))
+        wait_until(lambda: client._new_pins(client.present()) is None)
+        client._retire(client.present())  # another introduction to the same server
+        wait_until(lambda: told_of(server)[0] == [{**msgspec.to_builtins(gpu.pins), "unpinned_copied_bytes": 0}])
+        gpu.change(unpinned_copied_bytes=12)
+        wait_until(lambda: told_of(server)[1] == 12)
+        gpu.change(unpinned_copied_bytes=20)
+    assert told_of(server) == ([], 20), "told at the latest when the engine leaves"
+
+
+def test_a_client_whose_copies_need_nothing_pinned_tells_nothing(server):
+    with KVCacheClient(server.endpoints.zmq, heartbeat=True, heartbeat_seconds=0.02) as client:
+        client.register(namespace(), LAYOUT)
+        time.sleep(0.1)
+        assert told_of(server) == ([None], 0)
 
 
 def test_a_pool_that_is_served_again_gives_its_chunks_to_a_client_that_stayed(tmp_path):

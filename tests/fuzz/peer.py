@@ -212,7 +212,9 @@ class Peer:
             return {**client, "process": f"host/{rng.randrange(1 << 22)}"}, []
         if op == "REPORT":
             failed = {rng.choice(list(FailureReason)).value: rng.choice((0, 1, 2**32))}
-            return {**client, "failed_blocks": failed, "failed_lookups": failed, "decode_chunks": rng.randrange(9)}, []
+            pins = {name: rng.choice((0, 4096, 2**62)) for name in ("pool_bytes", "pinned_bytes", "unpinned_copied_bytes")}
+            counted = {"failed_blocks": failed, "failed_lookups": failed, "decode_chunks": rng.randrange(9)}
+            return {**client, **counted, **({"pins": pins} if rng.random() < 0.5 else {})}, []
         return (client if op in ("GOODBYE", "UNREGISTER_KV_CACHE") else {}), []
 
     def close(self, is_polite: bool) -> None:

@@ -82,11 +82,16 @@ class FakeClient:
         assert reply.outcomes == [0] * len(numbers)
         return reply.placements
 
-    def register(self, model: str = "m", rank: int = 0, world_size: int = 1) -> Any:
+    def register(self, model: str = "m", rank: int = 0, world_size: int = 1, backend: str = "") -> Any:
         """Say what this engine's KV looks like."""
         return self.service.call(
             RegisterKVCache(
-                client=self.id, namespace=namespace(model, world_size), layout=LAYOUT, rank=rank, world_size=world_size
+                client=self.id,
+                namespace=namespace(model, world_size),
+                layout=LAYOUT,
+                rank=rank,
+                world_size=world_size,
+                backend=backend,
             )
         )
 

@@ -22,6 +22,7 @@ from lmcache.protocol import (
     GetChunkSize,
     Lookup,
     Noop,
+    PinReport,
     Put,
     Release,
     Report,
@@ -69,7 +70,10 @@ def test_a_workload_with_a_known_answer_is_counted_exactly(tmp_path, monkeypatch
         assert service.call(store, [keys(12)]).outcomes == [3]  # full
         service.call(EndSession(client=engine.id, request_id="hold"))
 
-        report = Report(client=engine.id, failed_blocks={"stale": 3}, failed_lookups={"deadline": 1}, decode_chunks=2)
+        pins = PinReport(pool_bytes=4096, pinned_bytes=1024, unpinned_bytes=1024, unpinned_copied_bytes=77)
+        report = Report(
+            client=engine.id, failed_blocks={"stale": 3}, failed_lookups={"deadline": 1}, decode_chunks=2, pins=pins
+        )
         service.call(report)
         service.call(Evict(num_bytes=1))  # 1 by request: chunk 10, whose last hit is the oldest
         service.call(Evict(num_bytes=1, dry_run=True))
@@ -101,6 +105,7 @@ def test_a_workload_with_a_known_answer_is_counted_exactly(tmp_path, monkeypatch
             "retrieve_failed": {**dict.fromkeys(FAILURE_REASONS, 0), "stale": 3},
             "lookup_failed": {**dict.fromkeys(FAILURE_REASONS, 0), "deadline": 1},
             "stored_decode_chunks": 2,
+            "unpinned_copied_bytes": 77,
             "evicted_chunks": evicted,
             "aborted_reservations": 1,
             "expired_pins": 1,
@@ -171,6 +176,7 @@ def test_gauges_show_the_books_of_this_moment(tmp_path, monkeypatch):
             "lmcache_l1_used_bytes": 3 * PAGE_BYTES,
             "lmcache_l1_reserved_bytes": PAGE_BYTES,
             "lmcache_l1_pinned_bytes": PAGE_BYTES,
+            "lmcache_unpinned_bytes": 0,
             "lmcache_l1_largest_free_bytes": 5 * PAGE_BYTES,
             "lmcache_l1_chunks": 2,
             "lmcache_pins": 2,

@@ -25,6 +25,7 @@ from lmcache.protocol import (
     Hello,
     Lookup,
     Noop,
+    PinReport,
     Placement,
     Put,
     RegisterKVCache,
@@ -35,7 +36,7 @@ from lmcache.protocol import (
     StoreOutcome,
     UnregisterKVCache,
 )
-from lmcache.server.service import MAX_GET_BYTES
+from lmcache.server.service import MAX_COPIED_BYTES, MAX_GET_BYTES
 from tests.pools import content, key, keys, wait_until
 from tests.server.harness import CHUNK_SIZE, LAYOUT, LEASE_SECONDS, PIN_TIMEOUT_SECONDS, as_builtins, namespace, service_in
 
@@ -416,6 +417,56 @@ def test_what_an_engine_read_at_the_places_of_its_lookup_is_counted_as_retrieved
     assert counted() == [6, 5 * PAGE_BYTES, 3 * CHUNK_SIZE]
     service.call(Report(client=first.id, loaded_chunks=MAX_CHUNKS))
     assert counted()[1] == 5 * PAGE_BYTES + service.pool.header.capacity_bytes, "a made-up count adds no more than there is"
+
+
+def unpinned(service):
+    service.service.update_gauges()
+    return service.metrics.registry.get_sample_value("lmcache_unpinned_bytes")
+
+
+def test_what_gpus_could_not_pin_is_added_up_and_goes_with_its_engine(service):
+    engines = [service.client() for _ in range(3)]
+    for engine in engines:
+        engine.register()
+        pins = PinReport(pool_bytes=100, pinned_bytes=60, unpinned_bytes=40, unpinned_copied_bytes=5)
+        service.call(Report(client=engine.id, pins=pins))
+    assert (unpinned(service), service.value("unpinned_copied_bytes")) == (120, 15)
+    service.call(Report(client=engines[0].id, decode_chunks=1))
+    assert unpinned(service) == 120, "a report without news of it changes nothing"
+    service.call(Report(client=engines[0].id, pins=PinReport(pool_bytes=100, pinned_bytes=100, unpinned_copied_bytes=7)))
+    assert (unpinned(service), service.value("unpinned_copied_bytes")) == (80, 17)
+    [shown, *_] = [client for client in service.status()["clients"] if client["id"] == engines[1].id]
+    assert shown["gpu_pins"] == {"pool_bytes": 100, "pinned_bytes": 60, "unpinned_bytes": 40, "unpinned_copied_bytes": 5}
+    engines[1].die()
+    service.pass_time(1)
+    assert unpinned(service) == 40
+    service.call(UnregisterKVCache(client=engines[2].id))
+    assert unpinned(service) == 0
+    assert all(client["gpu_pins"] is None for client in service.status()["clients"] if client["rank"] is None)
+    assert service.value("unpinned_copied_bytes") == 17
+
+
+def test_a_made_up_report_of_what_was_copied_adds_no_more_than_a_gpu_could(service):
+    engine = service.client()
+    for copied_bytes in (2**62, 3, 2**62):
+        service.call(Report(client=engine.id, pins=PinReport(unpinned_copied_bytes=copied_bytes)))
+    assert service.value("unpinned_copied_bytes") == 2 * MAX_COPIED_BYTES
+    too_much = PinReport(pool_bytes=9, pinned_bytes=5, unpinned_bytes=5)
+    assert service.code_of(Report(client=engine.id, pins=too_much)) == "bad_field"
+    assert service.status()
+
+
+def test_a_models_layout_and_what_moves_its_bytes_are_shown(service):
+    first, second, third = (service.client() for _ in range(3))
+    first.register(world_size=3, backend="cuda, Triton")
+    second.register(rank=1, world_size=3, backend="cuda, PyTorch (slower)")
+    third.register(rank=2, world_size=3)  # one that does not say
+    (model,) = service.status()["models"]
+    assert model["layout"] == msgspec.to_builtins(LAYOUT)
+    assert model["transfer_backends"] == ["cuda, PyTorch (slower)", "cuda, Triton"]
+    first.leave()
+    (model,) = service.status()["models"]
+    assert model["transfer_backends"] == ["cuda, PyTorch (slower)"]
 
 
 @pytest.mark.parametrize(("start", "end", "released"), [(0, 4, 8), (1, 3, 4), (3, 1, 0), (2, 2**62, 4), (9, 10, 0)])

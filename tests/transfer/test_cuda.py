@@ -15,8 +15,9 @@ from lmcache.layout import KVLayout  # noqa: E402
 from lmcache.transfer.base import CancelledTransferError, StuckTransferError  # noqa: E402
 from lmcache.transfer.cpu import CpuCopier  # noqa: E402
 from lmcache.transfer.cuda import CudaCopier, wait_for  # noqa: E402
-from lmcache.transfer.driver import driver  # noqa: E402
+from lmcache.transfer.driver import CudaError, driver  # noqa: E402
 from lmcache.transfer.pinning import PoolPinner, address_of  # noqa: E402
+from tests.transfer.layouts import KINDS, random_kv  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 MIB = 1 << 20
@@ -84,6 +85,30 @@ def wait_until_pinned(pinner):
     while not pinner.is_done:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(KINDS), st.integers(0, 2**31), st.booleans(), st.data())
+def test_every_layout_is_copied_as_the_reference_does(kind, seed, uses_triton, data):
+    kv = random_kv(seed, kind)
+    layout, planes, memory = kv.layout(), kv.planes(), kv.memory.cuda()
+    on_device = [memory.as_strided(plane.shape, plane.stride(), plane.storage_offset()) for plane in planes]
+    copier, reference = CudaCopier(layout, on_device, 1 * MIB, uses_triton), CpuCopier(layout, planes)
+    size = data.draw(st.integers(1, kv.num_blocks // 2), label="size")
+    ids = data.draw(st.permutations(range(kv.num_blocks)), label="ids")[: kv.num_blocks // size * size]
+    extents, expected = (
+        [memoryview(bytearray(size * layout.bytes_per_block)) for _ in range(len(ids) // size)] for _ in range(2)
+    )
+    reference.gather(ids, expected)
+    copier.gather(ids, extents)
+    assert [bytes(extent) for extent in extents] == [bytes(extent) for extent in expected]
+    skip = data.draw(st.integers(0, size), label="skip")
+    end = data.draw(st.integers(skip, len(ids)), label="end")
+    memory.fill_(0xEE)
+    kv.memory.fill_(0xEE)
+    copier.scatter(extents, ids[skip:end], skip)
+    reference.scatter(expected, ids[skip:end], skip)
+    assert torch.equal(memory.cpu(), kv.memory)
 
 
 def busy(milliseconds):
@@ -209,6 +234,45 @@ def test_the_pool_is_pinned_in_pieces_and_copied_across_their_borders():
     finally:
         pinner.close()
     assert pinner.pinned_bytes == 0
+
+
+class PartlyPinning:
+    """The real driver, but for a limit: only the first piece can be pinned."""
+
+    def __init__(self):
+        self._num_pinned = 0
+
+    def __getattr__(self, name):
+        return getattr(driver(), name)
+
+    def register(self, address, num_bytes):
+        if self._num_pinned:
+            raise CudaError("pinning failed: CUDA_ERROR_OUT_OF_MEMORY (2)")
+        self._num_pinned += 1
+        driver().register(address, num_bytes)
+
+
+def test_a_pool_of_which_only_a_part_can_be_pinned_is_copied_right_and_counted():
+    pool = memoryview(mmap.mmap(-1, 10 * MIB))
+    limited = PartlyPinning()
+    pinner = PoolPinner(limited, limited.current_context(), address_of(pool), len(pool), piece_bytes=4 * MIB)
+    pinner.start()
+    pinner._thread.join(timeout=30)
+    try:
+        case = Case(4, 64, 65536, 0, 4, seed=6, staging_bytes=8 * MIB)
+        case.copier.pinned = pinner
+        extents = [pool[at : at + case.chunk_bytes] for at in range(2 * MIB, 2 * MIB + 6 * case.chunk_bytes, case.chunk_bytes)]
+        case.copier.gather(case.ids[: 6 * case.size], extents)
+        assert [bytes(extent) for extent in extents] == [bytes(extent) for extent in case.expected()[:6]]
+        pins = case.copier.pin_report()
+        assert (pins.pool_bytes, pins.pinned_bytes, pins.unpinned_bytes) == (10 * MIB, 4 * MIB, 6 * MIB)
+        assert 4 * MIB <= pins.unpinned_copied_bytes <= 6 * MIB
+        expected = case.device.clone()
+        case.device[:, case.ids[: 6 * case.size]] = 0xEE
+        case.copier.scatter(extents, case.ids[: 6 * case.size])
+        assert torch.equal(case.device, expected)
+    finally:
+        pinner.close()
 
 
 def test_pinning_and_storing_spoil_no_graph_that_the_engine_records():

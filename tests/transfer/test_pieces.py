@@ -137,3 +137,32 @@ def test_closing_while_pages_are_being_pinned_leaves_none_pinned():
     pinner.close()
     assert not driver.registered
     assert len(pinner._pinned) == 0
+
+
+@pytest.mark.parametrize(("seconds", "shares"), [(0.0, [40, 80, 100]), (60.0, [])])
+def test_pinning_that_takes_long_says_how_far_it_is(monkeypatch, caplog, seconds, shares):
+    monkeypatch.setattr("lmcache.transfer.pinning.PROGRESS_SECONDS", seconds)
+    caplog.set_level("INFO")
+    _, pinner = pinner_for(FakeDriver(), 10 * MIB)
+    pinner.start()
+    pinner._thread.join(timeout=30)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        *[f"pinning the pool: {share} % of 0.01 GiB" for share in shares],
+        "pinned 0.01 GiB of the pool for the GPU",
+    ]
+    pinner.close()
+
+
+def test_what_is_reported_never_exceeds_the_pool_while_it_is_being_pinned():
+    pool, pinner = pinner_for(None, 64 * MIB)
+    pinner._driver = FakeDriver(fails_from=address_of(pool) + 32 * MIB)
+    pinner.start()
+    done = False
+    while not done:
+        done = pinner.is_done
+        pins = pinner.report(copied_bytes=3)
+        assert pins.pinned_bytes + pins.unpinned_bytes <= pins.pool_bytes == 64 * MIB
+    assert (pins.pinned_bytes, pins.unpinned_bytes, pins.unpinned_copied_bytes) == (32 * MIB, 32 * MIB, 3)
+    pinner.close()
+    assert pinner.report(0).unpinned_bytes == 32 * MIB

@@ -3,7 +3,7 @@
 Comes in: vLLM's calls, in the scheduler's and in the worker's process. Goes out: nothing that could
 stop vLLM: whatever fails in here is a miss. Next on the data path: `scheduler.py` and `worker.py`.
 
-The interface is that of vLLM 0.32 and 0.33, `vllm/distributed/kv_transfer/kv_connector/v1/base.py`.
+The interface is that of vLLM 0.25, 0.32 and 0.33, `vllm/distributed/kv_transfer/kv_connector/v1/base.py`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import LMCacheError
 from lmcache.integration.vllm.scheduler import SchedulerHalf
 from lmcache.integration.vllm.steps import StepPlan, StepReport, WorkerHello
-from lmcache.integration.vllm.utils import ConnectorConfig, software
+from lmcache.integration.vllm.utils import ConnectorConfig, layout_of_joined_layers, software
 from lmcache.integration.vllm.worker import WorkerHalf
 from lmcache.log import init_logger
 
 logger = init_logger(__name__)
+
+LAYERS_APART = (
+    "vLLM keeps the layers of a block apart all the same, and so they are copied; hint: vLLM 0.25 joins them with"
+    " VLLM_USE_V2_MODEL_RUNNER=0 only, and no version for every attention backend"
+)
 
 
 class PlanMetadata(KVConnectorMetadata):
@@ -72,6 +77,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             heartbeat_seconds=config.heartbeat_seconds,
             software=software("LMCacheMPConnector"),
         )
+        self._joins_layers = config.cross_layer_blocks
         self._worker: WorkerHalf | None = None
         self._scheduler: SchedulerHalf | None = None
         if is_worker:
@@ -97,6 +103,20 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         return False
 
     @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """Return the layout that keeps all layers of a block side by side, if that is wanted; vLLM 0.32 may leave it.
+
+        vLLM 0.25 has no name for it, and asks `prefer_cross_layer_blocks` instead.
+        """
+        config = _read_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        return layout_of_joined_layers() if config.cross_layer_blocks else None
+
+    @property
+    def prefer_cross_layer_blocks(self) -> bool:
+        """Whether all layers of a block shall lie side by side. Asked by vLLM 0.25, which may not be able to."""
+        return self._joins_layers
+
+    @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
         """No: while vLLM sleeps its KV has no memory, and stores may be reading it. Asked by vLLM 0.33."""
         return False
@@ -105,8 +125,18 @@ class LMCacheMPConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Take over vLLM's KV tensors."""
+        self._register(kv_caches)
+
+    def register_cross_layers_kv_cache(self, kv_cache: Any, attn_backend: Any) -> None:
+        """Take over the one tensor in which vLLM 0.25 keeps all layers, if `prefer_cross_layer_blocks`."""
+        self._register(kv_cache, attn_backend)
+
+    def _register(self, kv_caches: Any, attn_backend: Any = None) -> None:
         assert self._worker is not None
-        self._worker.register(kv_caches, self._vllm_config, self._kv_cache_config)
+        self._worker.register(kv_caches, self._vllm_config, self._kv_cache_config, attn_backend)
+        layout = self._worker.hello.layout
+        if self._joins_layers and layout is not None and layout.num_layers > 1:
+            logger.warning("lmcache.mp.cross_layer_blocks: %s", LAYERS_APART)
 
     def get_handshake_metadata(self) -> HelloMetadata | None:
         """Return what the scheduler's half must know before it can start."""

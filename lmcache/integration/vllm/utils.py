@@ -45,6 +45,8 @@ class ConnectorConfig:
     saves_decode: bool = False
     # Of a GPU, for each rank: two slots of 32 MiB for each direction.
     staging_bytes: int = 128 << 20
+    # Ask vLLM to keep all layers of a block side by side.
+    cross_layer_blocks: bool = False
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
@@ -61,6 +63,7 @@ class ConnectorConfig:
             "lmcache.mp.lookup_timeout": _seconds,
             "lmcache.mp.save_decode_cache": _flag,
             "lmcache.mp.staging_mib": _mebibytes,
+            "lmcache.mp.cross_layer_blocks": _flag,
         }
         for key in extra:
             if key.startswith(PREFIX) and key not in known:
@@ -85,6 +88,7 @@ class ConnectorConfig:
             ),
             saves_decode=values.get("lmcache.mp.save_decode_cache", cls.saves_decode),
             staging_bytes=values.get("lmcache.mp.staging_mib", cls.staging_bytes),
+            cross_layer_blocks=values.get("lmcache.mp.cross_layer_blocks", cls.cross_layer_blocks),
         )
 
 
@@ -187,6 +191,15 @@ def weights_digest(folder: Path) -> str:
             file.seek(max(0, size - WEIGHT_SAMPLE_BYTES))
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def layout_of_joined_layers() -> str | None:
+    """Return vLLM's name for blocks that hold all layers, in its usual order within a layer; None before it had one (0.25)."""
+    try:
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+    except ImportError:
+        return None
+    return "BLNHC" if "BLNHC" in KVCacheLayout.__members__ else None
 
 
 def software(connector: str) -> list[str]:

@@ -75,15 +75,18 @@ class WorkerHalf:
         self._log = RateLimitedLog(logger)
         self.hello = WorkerHello(refusal="no KV caches were registered")
 
-    def register(self, kv_caches: dict[str, Any], vllm_config: Any, kv_cache_config: Any | None) -> None:
+    def register(self, kv_caches: Any, vllm_config: Any, kv_cache_config: Any | None, attn_backend: Any = None) -> None:
         """Take over vLLM's KV tensors, or remember why that cannot be.
 
         Args:
+            kv_caches: one tensor a layer, by the layer's name; with `attn_backend` one tensor of all layers.
             kv_cache_config: vLLM's; without it the layers are asked for what they keep.
         """
         from lmcache.transfer import make_copier
 
         try:
+            if attn_backend is not None:
+                kv_caches = layers_of(kv_caches, attn_backend, kv_cache_config)
             config = kv_cache_config or ask_layers(kv_caches, vllm_config)
             layout, planes = read_layout(kv_caches, vllm_config, config)
             copier = make_copier(layout, planes, staging_bytes=self._staging_bytes)
@@ -111,8 +114,11 @@ class WorkerHalf:
             self._background = BackgroundStores(self._store_job, copier.prepare_thread())
         try:
             self._client.watch_mapping(copier.pin_pool)
+            self._client.watch_pins(copier.pin_report)
             processes = [token for token in map(process_token, (os.getpid(), os.getppid())) if token]
-            reply = self._client.register(namespace, copier.layout, rank, namespace.world_size, processes)
+            reply = self._client.register(
+                namespace, copier.layout, rank, namespace.world_size, processes, backend=copier.backend
+            )
             logger.info(
                 "KV cache server found: %.1f KiB a token, L1 holds %d tokens",
                 reply.bytes_per_token / 1024,
@@ -337,7 +343,7 @@ def read_layout(kv_caches: dict[str, Any], vllm_config: Any, kv_cache_config: An
     Raises: UsageError for a model or an engine that cannot be cached; LayoutMismatchError for
         tensors that are not what vLLM's configuration says.
     """
-    from lmcache.transfer.cpu import block_planes
+    from lmcache.transfer.cpu import block_planes, joined_plane
 
     parallel = vllm_config.parallel_config
     if parallel.world_size != parallel.tensor_parallel_size or parallel.decode_context_parallel_size != 1:
@@ -351,21 +357,49 @@ def read_layout(kv_caches: dict[str, Any], vllm_config: Any, kv_cache_config: An
         raise LayoutMismatchError("vLLM registered no KV tensors", hint=REFUSAL_HINT)
     if tensors[0].device.type not in SUPPORTED_DEVICES:
         raise UsageError(f"KV on {tensors[0].device} cannot be copied by this version", hint=REFUSAL_HINT)
-    planes = [plane for tensor in tensors for plane in block_planes(tensor, kv_cache_config.num_blocks)]
+    num_blocks = kv_cache_config.num_blocks
+    joined = joined_plane(tensors, num_blocks)
+    planes = [plane for tensor in tensors for plane in block_planes(tensor, num_blocks)] if joined is None else [joined]
+    layers_per_block = 1 if joined is None else len(tensors)
+    num_layers = len(tensors) // layers_per_block
     layout = KVLayout(
-        num_layers=len(tensors),
-        num_planes=len(planes) // len(tensors),
+        num_layers=num_layers,
+        num_planes=len(planes) // num_layers,
         block_bytes=planes[0].shape[1],
         block_size=spec.block_size,
         dtype=str(tensors[0].dtype).removeprefix("torch."),
-        order=_order(tensors, layer_names, vllm_config),
+        order=_order(tensors, layer_names, vllm_config, is_joined=joined is not None),
+        layers_per_block=layers_per_block,
     )
-    expected = _page_bytes(spec)
+    expected = _page_bytes(spec) * layers_per_block
     if layout.num_planes * layout.block_bytes != expected:
         raise LayoutMismatchError(
             f"a block has {layout.num_planes} x {layout.block_bytes} bytes, vLLM's configuration says {expected}"
         )
     return layout, planes
+
+
+def layers_of(kv_cache: Any, attn_backend: Any, kv_cache_config: Any) -> dict[str, Any]:
+    """Return each layer's part of the one tensor in which vLLM keeps all layers, as it would register them one by one.
+
+    Args:
+        kv_cache: its axes in the order in which they lie in memory, which the backend knows.
+    Raises: LayoutMismatchError when it has not the axes that the backend names, or other layers than the configuration.
+    Source: vLLM 0.25.1, `allocate_uniform_kv_caches` in v1/worker/kv_connector_model_runner_mixin.py.
+    """
+    try:
+        order = list(attn_backend.get_kv_cache_stride_order(include_num_layers_dimension=True))
+    except (AttributeError, NotImplementedError):  # vLLM takes that for: as they are counted
+        order = list(range(kv_cache.dim()))
+    parts = kv_cache_config.kv_cache_tensors
+    if sorted(order) != list(range(kv_cache.dim())) or kv_cache.shape[order.index(0)] != len(parts):
+        raise LayoutMismatchError(
+            f"the tensor of all layers has the shape {list(kv_cache.shape)}, not axes in the order {order},"
+            f" the one called 0 of {len(parts)} layers",
+            hint="leave out lmcache.mp.cross_layer_blocks",
+        )
+    layers = kv_cache.permute([order.index(axis) for axis in range(kv_cache.dim())])
+    return {name: layer for layer, part in zip(layers, parts, strict=True) for name in part.shared_by}
 
 
 def _only_group(kv_cache_config: Any) -> tuple[Any, list[str]]:
@@ -387,7 +421,7 @@ def _distinct_tensors(tensors: Sequence[Any]) -> list[Any]:
     return list({tensor.data_ptr(): tensor for tensor in tensors}.values())
 
 
-def _order(tensors: Sequence[Any], layer_names: Sequence[str], vllm_config: Any) -> str:
+def _order(tensors: Sequence[Any], layer_names: Sequence[str], vllm_config: Any, is_joined: bool) -> str:
     """Return what, beside the sizes, decides which byte of a block means what.
 
     A backend may pack a block as it likes and change that from version to version, so both names
@@ -400,7 +434,9 @@ def _order(tensors: Sequence[Any], layer_names: Sequence[str], vllm_config: Any)
     first = tensors[0]
     inner = [*zip(first.shape[1:], first.stride()[1:], strict=True)]
     names = hashlib.sha256("\0".join(layer_names).encode()).hexdigest()[:16]
-    return f"{first.device.type} {backend.get_name() if backend else '?'} vllm {vllm_version} block axes {inner} layers {names}"
+    together = f" {tensors[1].storage_offset() - first.storage_offset()} apart in a block" if is_joined else ""
+    backend_name = backend.get_name() if backend else "?"
+    return f"{first.device.type} {backend_name} vllm {vllm_version} block axes {inner} layers{together} {names}"
 
 
 def _num_stored_from(outcomes: Sequence[StoreOutcome], first: int) -> int:

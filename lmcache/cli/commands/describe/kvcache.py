@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lmcache.cli.base import CommandParser, Url
     from lmcache.cli.output import Result
     from lmcache.cli.status import ClientView, L1View, ModelView, View
+    from lmcache.layout import KVLayout
+    from lmcache.protocol import PinReport
 
 
 def add_options(parser: CommandParser) -> None:
@@ -128,8 +130,27 @@ def _add_model(result: Result, model: ModelView) -> None:
     result.row("Name", model.namespace.model)
     result.row("Ranks registered", f"{len(model.ranks)}/{model.world_size}")
     result.row("Engine", "connected" if model.live else "gone")
+    if model.layout is not None:
+        _add_layout(result, model.layout)
+    if model.transfer_backends:
+        result.row("Transfer backend", "; ".join(model.transfer_backends))
     result.row("KB per token", f"{model.bytes_per_token / 1024:.1f}")
     result.row("Tokens that L1 holds", model.l1_tokens)
+
+
+def _add_layout(result: Result, layout: KVLayout) -> None:
+    """What lies in one run of bytes in the engine's memory: the less that is, the more there is to gather."""
+    from lmcache.cli.output import format_bytes
+
+    num_layers = layout.num_layers * layout.layers_per_block
+    if layout.layers_per_block > 1:
+        how = "together in each block"
+    elif layout.num_planes > 1:
+        how = f"apart, in {layout.num_planes} planes each"
+    else:
+        how = "apart"
+    result.row("KV layout", f"{num_layers} layers {how}" if num_layers > 1 else "1 layer")
+    result.row("Page size", f"{format_bytes(layout.block_bytes)} ({layout.block_size} tokens, {layout.dtype})")
 
 
 def _add_clients(result: Result, clients: list[ClientView]) -> None:
@@ -145,6 +166,20 @@ def _add_clients(result: Result, clients: list[ClientView]) -> None:
         result.row(f"{client.kind} {client.pid}", f"{path}, {held}, {since}")
         if client.software:
             result.row("Software", client.software, indent=2)
+        if client.gpu_pins is not None:
+            _add_pins(result, client.gpu_pins)
+
+
+def _add_pins(result: Result, pins: PinReport) -> None:
+    """How much of the pool a GPU reaches at the speed of the wire."""
+    if pins.pool_bytes:
+        is_going_on = pins.pinned_bytes + pins.unpinned_bytes < pins.pool_bytes
+        pinned = amount(pins.pinned_bytes, pins.pool_bytes)
+        result.row("Pool pinned (GB)", pinned + (", going on" if is_going_on else ""), indent=2)
+    if pins.unpinned_bytes:
+        result.row("Pool not pinnable (GB)", amount(pins.unpinned_bytes, pins.pool_bytes), indent=2)
+    if pins.unpinned_copied_bytes:
+        result.row("Copied unpinned (GB)", gib(pins.unpinned_copied_bytes), indent=2)
 
 
 def gib(num_bytes: float) -> str:

@@ -1,0 +1,131 @@
+"""MEM-4: a driver that pins only some of the pool costs speed, which is counted and shown, and no byte. On a simulated GPU."""
+
+import functools
+
+import httpx
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch: make setup-vllm")
+
+from lmcache.client.kvcache import KVCacheClient  # noqa: E402
+from lmcache.keys import Namespace  # noqa: E402
+from lmcache.layout import KVLayout  # noqa: E402
+from lmcache.transfer.cuda import CudaCopier  # noqa: E402
+from lmcache.transfer.pinning import PoolPinner  # noqa: E402
+from tests.chaos.waiting import wait_until  # noqa: E402
+from tests.cli.conftest import Cli  # noqa: E402
+from tests.cli.test_describe import fields  # noqa: E402
+from tests.pools import keys  # noqa: E402
+from tests.server_process import LmcacheServer  # noqa: E402
+from tests.transfer.simulated_cuda import Driver, simulate  # noqa: E402
+
+MIB = 1 << 20
+NUM_LAYERS, NUM_BLOCKS, BLOCK_BYTES, BLOCKS_PER_CHUNK = 4, 64, 64 << 10, 16
+LAYOUT = KVLayout(num_layers=NUM_LAYERS, num_planes=1, block_bytes=BLOCK_BYTES, block_size=16, dtype="uint8")
+CHUNK_BYTES = NUM_LAYERS * BLOCKS_PER_CHUNK * BLOCK_BYTES
+PIECE_BYTES = 6 * MIB
+POOL_BYTES = 64 * MIB
+
+
+class Engine:
+    """A worker on a simulated GPU, attached to a server, with KV that fills four chunks."""
+
+    def __init__(self, monkeypatch, url, may_pin):
+        self.driver = Driver(may_pin)
+        simulate(monkeypatch, self.driver)
+        monkeypatch.setattr("lmcache.transfer.cuda.PoolPinner", functools.partial(PoolPinner, piece_bytes=PIECE_BYTES))
+        self.kv = torch.randint(0, 256, (NUM_LAYERS, NUM_BLOCKS, BLOCK_BYTES), dtype=torch.uint8)
+        self.copier = CudaCopier(LAYOUT, list(self.kv), staging_bytes=8 * MIB, uses_triton=False)
+        self.client = KVCacheClient(url, kind="engine-worker", heartbeat=True, heartbeat_seconds=0.02)
+        self.client.watch_mapping(self.copier.pin_pool)
+        self.client.watch_pins(self.copier.pin_report)
+        namespace = Namespace(model="m", chunk_size=0, layout=LAYOUT.fingerprint)
+        self.client.register(namespace, LAYOUT, backend=self.copier.backend)
+        wait_until(self.has_tried, "every piece was tried")
+
+    def has_tried(self):
+        pins = self.copier.pin_report()
+        return pins.pool_bytes == pins.pinned_bytes + pins.unpinned_bytes > 0
+
+    def store_and_load(self):
+        """Store all blocks, forget them, load them into other places, and return whether each is what it was."""
+        before = self.kv.clone()
+        ids = torch.randperm(NUM_BLOCKS).tolist()
+        with self.client.reserve(keys(0, 1, 2, 3), CHUNK_BYTES) as reservation:
+            self.copier.gather(ids, reservation.extents)
+            reservation.commit()
+        self.kv.fill_(0)
+        others = torch.randperm(NUM_BLOCKS).tolist()
+        with self.client.pin(keys(0, 1, 2, 3)) as pinned:
+            self.copier.scatter(pinned.extents, others)
+            pinned.verify()
+        return torch.equal(self.kv[:, others], before[:, ids])
+
+
+@pytest.fixture
+def server():
+    with LmcacheServer() as server:
+        yield server
+
+
+def metric(server, name):
+    """A metric without labels, as Prometheus would scrape it."""
+    lines = httpx.get(f"{server.http_url}/metrics", timeout=30).text.splitlines()
+    (value,) = [line.split()[1] for line in lines if line.startswith(f"{name} ")]
+    return float(value)
+
+
+@pytest.mark.parametrize(
+    ("may_pin", "pinned_bytes"),
+    [
+        pytest.param(lambda number: number < 1, PIECE_BYTES, id="all but the first piece"),
+        pytest.param(lambda number: number < 2, 2 * PIECE_BYTES, id="some pieces"),
+        pytest.param(lambda number: False, 0, id="every piece"),
+    ],
+)
+def test_what_cannot_be_pinned_is_copied_right_counted_and_shown(monkeypatch, caplog, server, may_pin, pinned_bytes):
+    engine = Engine(monkeypatch, server.zmq_url, may_pin)
+    failed_bytes = POOL_BYTES - pinned_bytes
+    try:
+        pins = engine.copier.pin_report()
+        assert (pins.pool_bytes, pins.pinned_bytes, pins.unpinned_bytes) == (POOL_BYTES, pinned_bytes, failed_bytes)
+        assert engine.store_and_load()
+        copied_bytes = sum(num_bytes for _, num_bytes, is_pinned in engine.driver.calls if not is_pinned)
+        assert engine.copier.unpinned_bytes == copied_bytes > 0
+        assert sum(num_bytes for _, num_bytes, _ in engine.driver.calls) == 2 * 4 * CHUNK_BYTES
+
+        wait_until(lambda: metric(server, "lmcache_unpinned_copied_bytes_total") == copied_bytes, "the server knows")
+        assert metric(server, "lmcache_unpinned_bytes") == failed_bytes
+        (shown,) = [c["gpu_pins"] for c in Cli(server.zmq_url).json("describe", "kvcache")["clients"] if c["gpu_pins"]]
+        assert shown["unpinned_bytes"] == failed_bytes
+        assert shown["unpinned_copied_bytes"] == copied_bytes
+        page = fields(Cli(server.zmq_url)("describe", "kvcache").stdout)
+        assert page["Transfer backend"] == "cuda, PyTorch (slower)"
+        assert {"Pool pinned (GB)", "Pool not pinnable (GB)", "Copied unpinned (GB)"} <= set(page)
+    finally:
+        engine.client.close()
+    assert metric(server, "lmcache_unpinned_bytes") == 0, "gone with its engine"
+    assert metric(server, "lmcache_unpinned_copied_bytes_total") == copied_bytes
+    assert not engine.driver.registered
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "cannot be pinned" in r.getMessage()]
+    assert len(told) == 1
+    assert "CUDA_ERROR_OUT_OF_MEMORY" in told[0]
+    assert "hint: " in told[0]
+
+
+def test_a_pool_that_is_pinned_is_copied_without_a_byte_through_unpinned_memory(monkeypatch, server):
+    engine = Engine(monkeypatch, server.zmq_url, lambda number: True)
+    try:
+        assert engine.store_and_load()
+        assert engine.copier.unpinned_bytes == 0
+        wait_until(lambda: [c["gpu_pins"]["pinned_bytes"] for c in server.status()["clients"]] == [POOL_BYTES], "it is told")
+    finally:
+        engine.client.close()
+    assert metric(server, "lmcache_unpinned_copied_bytes_total") == 0
+
+
+@pytest.mark.parametrize(("limit_bytes", "hint"), [(1 << 20, "the limit on locked memory is 1048576 bytes"), (-1, "container")])
+def test_the_likely_cause_is_the_limit_that_is_too_low_or_the_container(monkeypatch, caplog, server, limit_bytes, hint):
+    monkeypatch.setattr("lmcache.transfer.pinning.resource.getrlimit", lambda which: (limit_bytes, limit_bytes))
+    Engine(monkeypatch, server.zmq_url, lambda number: False).client.close()
+    assert hint in caplog.text
