@@ -17,13 +17,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmcache.errors import DeadlineError, LayoutMismatchError, LMCacheError
 from lmcache.layout import KVLayout
 from lmcache.pool import PoolView
 
 Extent = memoryview
+# Of the device, for each rank: two slots of 32 MiB for each direction.
+STAGING_BYTES = 128 << 20
 # A transfer of 4 GiB to or from a GPU takes 80 ms; one that takes this long will not come to an end.
 TRANSFER_SECONDS = 20.0
 
@@ -40,8 +42,21 @@ class CancelledTransferError(LMCacheError):
     code = "cancelled_transfer"
 
 
+class Pinning(NamedTuple):
+    """How far `pin_pool` has come: `is_done` when nothing more will be pinned; `unpinned_bytes` could not be."""
+
+    is_done: bool
+    pinned_bytes: int = 0
+    unpinned_bytes: int = 0
+
+
 class Transfer:
     """A transfer to the engine's blocks that may still be under way; this one is done."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last byte is where it should be."""
+        return True
 
     def wait(self, seconds: float) -> None:
         """Return when the last byte is where it should be.
@@ -115,6 +130,20 @@ class ChunkCopier(ABC):
     def pin_pool(self, view: PoolView) -> Callable[[], None]:
         """Prepare a mapped pool for copies, in the background; return how to undo that before it is unmapped."""
         return lambda: None
+
+    def pinning(self) -> Pinning:
+        """Return how far the pinning of the pool has come; nothing is pinned for KV in host memory."""
+        return Pinning(is_done=True)
+
+    @abstractmethod
+    def flat_copier(self, memory: Any, extents: Sequence[Extent]) -> Callable[[bool], Transfer]:
+        """Return what starts a plain copy of as many bytes, without blocks: the ceiling of `gather` and `scatter`.
+
+        The function is told whether to copy from the device to the extents, or back.
+
+        Args:
+            memory: a contiguous uint8 tensor on the device, as long as all extents.
+        """
 
     def check(self, block_ids: Sequence[int], extents: Sequence[Extent], skip_blocks: int = 0) -> int:
         """Return the blocks of one extent, if all ids are the engine's and fit after those skipped.
