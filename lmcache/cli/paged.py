@@ -27,7 +27,7 @@ HEAD_TOKEN_BYTES = 512
 MAX_BLOCK_BYTES = 8 * 16 * HEAD_TOKEN_BYTES
 MIN_BLOCK_BYTES = 8 * HEAD_TOKEN_BYTES
 BLOCK_TOKENS = 16
-# An H100's host pins a GiB in 0.1 to 0.2 s; one whose memory is not resident yet, or is short, takes longer.
+# An H100's host pins a GiB in 0.1 s; one whose memory is not resident yet, or is short, takes longer.
 PIN_SECONDS = 60.0
 PIN_SECONDS_PER_GIB = 1.0
 PIN_POLL_SECONDS = 0.01

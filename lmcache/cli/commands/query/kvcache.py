@@ -200,7 +200,7 @@ class HostBuffers:
         return client.store(keys, self.sent, with_checksums=True)
 
     def blot(self) -> None:
-        """Make sure that what was sent is not taken for what came back."""
+        """Do nothing: what comes back lands in memory of its own, which is empty."""
 
     def retrieve(self, client: KVCacheClient, keys: bytes) -> int:
         """Retrieve the chunks; return how many came."""
