@@ -137,7 +137,7 @@ def almost_full_gpu(left_bytes):
 
 
 @pytest.mark.parametrize("left_mib", [200, 700])
-def test_a_gpu_without_room_is_said(server, left_mib):
+def test_a_gpu_without_room_is_said(left_mib):
     """Less than a process's context takes, and more; then the blocks of 256 MiB chunks do not fit."""
     with LmcacheServer(l1_size_gb=4, http=False) as large, almost_full_gpu(left_mib * MIB):
         url = ("--url", large.zmq_url, "--format", "json")
