@@ -268,6 +268,11 @@ class PinReport(Struct, frozen=True, kw_only=True):
     unpinned_bytes: Count = 0
     unpinned_copied_bytes: Count = 0
 
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more will be pinned."""
+        return self.pinned_bytes + self.unpinned_bytes >= self.pool_bytes
+
 
 class Report(Request[Reply], tag="REPORT"):
     """What an engine counted since its last report and the server cannot see: sent with the heartbeat.

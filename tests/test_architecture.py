@@ -23,10 +23,13 @@ ARROWS = {
     "cli": {"core", "client"},
     "v1": {"core", "server", "integration", "cli"},
 }
-# The command line reaches the server only from inside a function: a bare `lmcache --help` loads none of it.
+# The command line reaches the server and the copiers only from inside a function: a bare `lmcache --help` loads none of them.
 LAZY_ARROWS = {
     "cli/commands/server.py": {"server"},
     "cli/base.py": {"server"},  # to name the nearest variable when an unknown one is set
+    "cli/paged.py": {"transfer"},  # --device cuda: an engine's path from and to a GPU
+    "cli/commands/bench/memory.py": {"transfer"},  # for types
+    "cli/commands/query/kvcache.py": {"transfer"},  # for types
 }
 CORE = {"__init__.py", "errors.py", "log.py", "keys.py", "layout.py", "pool.py", "protocol.py", "metrics.py", "utils.py"}
 

@@ -26,6 +26,8 @@ from lmcache.pool import PoolView
 from lmcache.protocol import PinReport
 
 Extent = memoryview
+# Of the device, for each rank: two slots of 32 MiB for each direction.
+STAGING_BYTES = 128 << 20
 # A transfer of 4 GiB to or from a GPU takes 80 ms; one that takes this long will not come to an end.
 TRANSFER_SECONDS = 20.0
 
@@ -126,6 +128,16 @@ class ChunkCopier(ABC):
         Any thread may ask. What was copied is counted since this copier was made.
         """
         return None
+
+    @abstractmethod
+    def flat_copier(self, memory: Any, extents: Sequence[Extent]) -> Callable[[bool], Transfer]:
+        """Return what starts a plain copy of as many bytes, without blocks: the ceiling of `gather` and `scatter`.
+
+        The function is told whether to copy from the device to the extents, or back.
+
+        Args:
+            memory: a contiguous uint8 tensor on the device, as long as all extents.
+        """
 
     def check(self, block_ids: Sequence[int], extents: Sequence[Extent], skip_blocks: int = 0) -> int:
         """Return the blocks of one extent, if all ids are the engine's and fit after those skipped.

@@ -14,7 +14,7 @@ import torch
 
 from lmcache.errors import LayoutMismatchError
 from lmcache.layout import KVLayout
-from lmcache.transfer.base import ChunkCopier, Extent
+from lmcache.transfer.base import ChunkCopier, Extent, Transfer
 
 
 def joined_plane(tensors: Sequence[torch.Tensor], num_blocks: int) -> torch.Tensor | None:
@@ -144,3 +144,16 @@ class CpuCopier(ChunkCopier):
             blocks = ids[first:last]
             for array, source in zip(self._arrays, sources, strict=True):
                 array[blocks] = source
+
+    def flat_copier(self, memory: torch.Tensor, extents: Sequence[Extent]) -> Callable[[bool], Transfer]:
+        """Return what copies between contiguous memory and extents; done on return."""
+        ends = np.cumsum([extent.nbytes for extent in extents])
+        places = np.split(memory.numpy()[: ends[-1]], ends[:-1])
+        chunks = [np.frombuffer(extent, dtype=np.uint8) for extent in extents]
+
+        def begin(to_host: bool) -> Transfer:
+            for place, chunk in zip(places, chunks, strict=True):
+                np.copyto(*((chunk, place) if to_host else (place, chunk)))
+            return Transfer()
+
+        return begin

@@ -404,17 +404,44 @@ class CudaCopier(ChunkCopier):
         length = len(piece.planes) * len(piece.blocks) * self.layout.block_bytes
         offset = (piece.planes.start * blocks_per_chunk + piece.blocks.start) * self.layout.block_bytes
         at = slot.buffer.data_ptr()
-        handle, pinned = stream.cuda_stream, self.pinned
-        for address, num_bytes in runs([starts[chunk] + offset for chunk in piece.chunks], length):
-            is_pinned = pinned.is_pinned(address, num_bytes)
+        for address, num_bytes, is_pinned in self._wire_parts([starts[chunk] + offset for chunk in piece.chunks], length):
             if not is_pinned:
                 self.unpinned_bytes += num_bytes
+            self._begin_copy(address, at, num_bytes, stream, is_pinned, to_host)
+            at += num_bytes
+
+    def _wire_parts(self, starts: Sequence[int], length: int) -> Iterator[tuple[int, int, bool]]:
+        """Yield (address, bytes, is pinned) of the copies that the driver takes for ranges of the pool."""
+        pinned = self.pinned
+        for address, num_bytes in runs(starts, length):
+            is_pinned = pinned.is_pinned(address, num_bytes)
             for part, part_bytes in pinned.split(address, num_bytes):
-                if to_host:
-                    self._driver.copy_to_host(part, at, part_bytes, handle, is_pinned)
-                else:
-                    self._driver.copy_to_device(at, part, part_bytes, handle, is_pinned)
-                at += part_bytes
+                yield part, part_bytes, is_pinned
+
+    def _begin_copy(
+        self, host: int, device: int, num_bytes: int, stream: torch.cuda.Stream, is_pinned: bool, to_host: bool
+    ) -> None:
+        if to_host:
+            self._driver.copy_to_host(host, device, num_bytes, stream.cuda_stream, is_pinned)
+        else:
+            self._driver.copy_to_device(device, host, num_bytes, stream.cuda_stream, is_pinned)
+
+    def flat_copier(self, memory: torch.Tensor, extents: Sequence[Extent]) -> Callable[[bool], CudaTransfer]:
+        """Return what hands the copy engine plain copies between contiguous memory and extents, all of one length."""
+        stream = torch.cuda.Stream(self._device)
+        parts = list(self._wire_parts([address_of(extent) for extent in extents], extents[0].nbytes))
+
+        def begin(to_host: bool) -> CudaTransfer:
+            at = memory.data_ptr()
+            with torch.cuda.device(self._device):
+                transfer = CudaTransfer(extents)
+                for address, num_bytes, is_pinned in parts:
+                    self._begin_copy(address, at, num_bytes, stream, is_pinned, to_host)
+                    at += num_bytes
+                transfer.end(stream)
+            return transfer
+
+        return begin
 
     def _warm_up(self) -> None:
         """Have everything compiled and loaded now, not within the first request; moves nothing that anybody needs."""

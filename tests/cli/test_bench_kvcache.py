@@ -301,7 +301,13 @@ def test_nobody_there_is_not_reachable():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--device", "cuda"], "--device cuda"),
+        (["--device", "cuda", "--inline"], "--device cuda copies between the GPU and the mapped pool"),
+        (["--device", "cuda", "--chunk-bytes", "64KiB,5000"], "chunks of 5000 bytes are not whole blocks"),
+        (
+            ["--device", "cuda", "--verify-only", "--reuse", f"{'0' * 16}-1-1x8x5000"],
+            "chunks of 5000 bytes are not whole blocks",
+        ),
+        (["--device", "cuda:1"], "--device"),
         (["--reuse", "x"], "--keep and --reuse"),
         (["--keep"], "--keep and --reuse"),
         (["--verify-only", "--reuse", "x"], "does not name a set"),

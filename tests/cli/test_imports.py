@@ -58,11 +58,21 @@ def test_ping_over_http_imports_no_zmq(server: LmcacheServer):
 
 
 @pytest.mark.parametrize(
-    "words", [["describe", "kvcache"], ["query", "kvcache", "--round-trip"], ["kvcache", "evict", "--ratio", "0"]]
+    "words",
+    [
+        ["describe", "kvcache"],
+        ["query", "kvcache", "--round-trip"],
+        ["kvcache", "evict", "--ratio", "0"],
+        ["bench", "kvcache", "--verify-only", "--working-set", "8MiB", "--timeout", "60"],
+    ],
 )
 def test_other_commands_import_no_engine(words, server: LmcacheServer):
     loaded = modules_after(f"from lmcache.cli.main import main; assert main({words!r}) == 0", LMCACHE_URL=server.zmq_url)
     assert not loaded & (ENGINE | {"httpx"})
+
+
+def test_a_worker_of_bench_kvcache_imports_no_engine_before_a_device_is_asked_for():
+    assert not modules_after("import lmcache.cli.commands.bench.worker") & (ENGINE | {"httpx"})
 
 
 def test_one_command_does_not_import_another():

@@ -184,6 +184,9 @@ def test_missing_transformers_names_the_extra(zmq_cli: Cli, engine: KVCacheClien
         (["--tokens", "/dev/null"], "/dev/null has no list of token ids"),
         (["--round-trip", "--chunks", "5000"], "too much for a check"),
         (["--round-trip", "--chunk-bytes", "1GiB"], "too much for a check"),
+        (["--round-trip", "--device", "cuda", "--inline"], "--device cuda copies between the GPU and the mapped pool"),
+        (["--round-trip", "--device", "cuda", "--chunk-bytes", "100001"], "chunks of 100001 bytes are not whole blocks"),
+        (["--tokens", "f", "--device", "cuda"], "--device says where a round trip's bytes are"),
     ],
 )
 def test_wrong_requests_are_refused(zmq_cli: Cli, engine: KVCacheClient, words, message):

@@ -20,6 +20,7 @@ from lmcache.keys import Namespace
 from lmcache.layout import KVLayout
 from lmcache.log import init_logger
 from lmcache.protocol import DEFAULT_ZMQ_PORT
+from lmcache.transfer.base import STAGING_BYTES
 
 logger = init_logger(__name__)
 
@@ -43,8 +44,7 @@ class ConnectorConfig:
     # Waited for in full only when the server freezes. Computing a long prompt takes longer than a busy host needs to answer.
     lookup_timeout_seconds: float = 2.0
     saves_decode: bool = False
-    # Of a GPU, for each rank: two slots of 32 MiB for each direction.
-    staging_bytes: int = 128 << 20
+    staging_bytes: int = STAGING_BYTES
     # Ask vLLM to keep all layers of a block side by side.
     cross_layer_blocks: bool = False
 

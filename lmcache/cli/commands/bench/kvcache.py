@@ -16,9 +16,11 @@ import msgspec
 
 from lmcache.cli.base import byte_size, connect, duration_seconds, kvcache_url, positive_int, positive_seconds
 from lmcache.cli.commands.bench.measure import MAX_CONCURRENCY, BenchRun, BenchSettings, run_bench
-from lmcache.cli.commands.bench.messages import Correctness
+from lmcache.cli.commands.bench.messages import Correctness, DeviceReport
+from lmcache.cli.commands.bench.worker import PIN
 from lmcache.cli.commands.bench.workload import KeptSet, OperationKind
 from lmcache.cli.output import Result, format_bytes, format_ratio, report
+from lmcache.cli.paged import PinNotice, kv_layout
 from lmcache.errors import UsageError
 
 DEFAULTS = BenchSettings()
@@ -71,7 +73,13 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         metavar="KIND=WEIGHT,...",
         help=f"how often each operation comes (default: {_mix_text(DEFAULTS.mix)})",
     )
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the chunks are (default: cpu)")
+    group.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the chunks are: in host memory, or in a GPU's as an engine's paged KV, copied as an engine does; needs "
+        "PyTorch and the server's pool mapped (default: cpu)",
+    )
     group.add_argument("--inline", action="store_true", help="send chunks over the socket even where the pool can be mapped")
 
 
@@ -201,11 +209,16 @@ def settings_from_args(args: Namespace) -> list[BenchSettings]:
         "mix": args.mix,
         "warmup_seconds": args.warmup,
     }
+    sizes = args.chunk_bytes or [DEFAULTS.chunk_bytes]
+    if args.device == "cuda":
+        for size in sizes if kept is None else [kept.workload.chunk_bytes]:
+            kv_layout(size)
     common = BenchSettings(
         **{name: value for name, value in given.items() if value is not None},
         duration_seconds=args.duration if has_end else DEFAULTS.duration_seconds,
         max_operations=args.operations,
         seed=secrets.randbits(32) if args.seed is None else args.seed,
+        paged_on=args.device if args.device != "cpu" else None,
         inline=args.inline,
         check=not args.no_verify,
         verify_only=args.verify_only,
@@ -215,14 +228,17 @@ def settings_from_args(args: Namespace) -> list[BenchSettings]:
     )
     return [
         msgspec.structs.replace(common, chunk_bytes=size, concurrency=concurrency)
-        for size in args.chunk_bytes or [DEFAULTS.chunk_bytes]
+        for size in sizes
         for concurrency in args.concurrency
     ]
 
 
 def _check_conflicts(args: Namespace) -> None:
-    if args.device == "cuda":
-        raise UsageError("--device cuda is not there yet: chunks can be measured in host memory only", "use --device cpu")
+    if args.device == "cuda" and args.inline:
+        raise UsageError(
+            "--device cuda copies between the GPU and the mapped pool, --inline goes over the socket",
+            "drop --inline, or use --device cpu",
+        )
     if args.verify_only:
         _refuse(args, VERIFY_ONLY_EXCLUDES, "--verify-only does a fixed amount of work and measures nothing")
     elif args.keep or args.reuse is not None:
@@ -246,7 +262,7 @@ def run(args: Namespace) -> int:
     with connect(kvcache_url(args), args.timeout) as client:
         url = client.url
     runs: list[BenchRun] = []
-    with _sigterm_as_exit(), ProgressBar(is_shown=not args.quiet and sys.stderr.isatty()) as bar:
+    with _sigterm_as_exit(), ProgressBar(is_shown=sys.stderr.isatty(), is_quiet=args.quiet) as bar:
         for settings in all_settings:
             runs.append(run_bench(url, settings, bar.show))
             if runs[-1].refusal is not None:
@@ -269,10 +285,11 @@ def _sigterm_as_exit() -> Iterator[None]:
 
 
 class ProgressBar:
-    """One line on a terminal's stderr that is gone at the end."""
+    """One line on a terminal's stderr that is gone at the end; elsewhere only what takes unexpectedly long is told."""
 
-    def __init__(self, is_shown: bool) -> None:
-        self._is_shown = is_shown
+    def __init__(self, is_shown: bool, is_quiet: bool) -> None:
+        self._is_shown = is_shown and not is_quiet
+        self._notice = None if is_shown or is_quiet else PinNotice()
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -282,6 +299,8 @@ class ProgressBar:
 
     def show(self, phase: str, share: float) -> None:
         """Draw the phase's name and how much of it is done."""
+        if phase == PIN and self._notice is not None:
+            self._notice.show(share)
         done = "#" * round(share * BAR_WIDTH)
         self._write(f"{phase:8} [{done:{BAR_WIDTH}}] {share * 100:3.0f}%")
 
@@ -339,7 +358,7 @@ def _add_figures(result: Result, run: BenchRun, prefix: str) -> None:
         _add_known(result, _bandwidth_label(name), bandwidth.gb_per_second, mark, bandwidth.unknown_because)
     shares = {name: bandwidth for name, bandwidth in run.bandwidth.items() if bandwidth.share_of_raw_copy is not None}
     if shares:
-        result.section(f"{prefix}Share of a raw copy")
+        result.section(f"{prefix}Share of a raw copy" if run.device is None else f"{prefix}Share of a raw pinned copy")
     for name, bandwidth in shares.items():
         text = f"{bandwidth.share_of_raw_copy:.1%} of {bandwidth.raw_copy_gb_per_second:.2f} GB/s"
         result.row(_bandwidth_label(name), text)
@@ -392,6 +411,8 @@ def _add_settings(result: Result, run: BenchRun, prefix: str) -> None:
     result.row("Working set", format_bytes(settings["working_set_bytes"]))
     result.row("Workers", f"{settings['concurrency']}, {'inline' if run.is_inline else 'mapped pool'}")
     result.row("Seed", settings["seed"])
+    if run.device is not None:
+        _add_device(result, run.device)
     if not settings["verify_only"]:
         result.row("Time in operations", f"{format_ratio(run.operation_share)} of {run.measured_seconds:.2f} s")
     if fill.num_chunks:
@@ -405,6 +426,15 @@ def _add_settings(result: Result, run: BenchRun, prefix: str) -> None:
     if run.kept is not None:
         result.line("kept; to check it again:")
         result.line(f"lmcache bench kvcache --verify-only --reuse {run.kept}", indent=2)
+
+
+def _add_device(result: Result, device: DeviceReport) -> None:
+    result.row("Device", device.name)
+    blocks = f"{device.num_layers} layers x {device.blocks_per_chunk} x {format_bytes(device.block_bytes)}"
+    result.row("Blocks of a chunk", blocks)
+    result.row("Pool pinned", format_bytes(device.pool_pinned_bytes))
+    result.row("Pool not pinned", format_bytes(device.pool_unpinned_bytes))
+    result.row("Device memory a worker", f"{format_bytes(device.kv_bytes)} KV, {format_bytes(device.staging_bytes)} staging")
 
 
 def _add_lines(result: Result, text: str) -> None:

@@ -28,6 +28,7 @@ import lmcache
 from lmcache.cli.commands.bench.messages import (
     CopyTally,
     Correctness,
+    DeviceReport,
     Failures,
     FillTally,
     Finished,
@@ -61,6 +62,8 @@ DEFAULT_WORKING_SET_BYTES = 1 << 30
 # Nothing that goes through the cache can be faster than the same copy without it; above this it was measured wrong.
 SUSPECT_ABOVE = 1.02
 SILENCE_SECONDS = 30.0
+# What a device may take more: to import PyTorch and to compile kernels, or to find that a copy is stuck.
+DEVICE_SILENCE_SECONDS = 120.0
 STOP_SECONDS = 10.0
 
 OnProgress = Callable[[str, float], None]
@@ -70,6 +73,7 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What to run. The mix is by weight; `working_set_bytes` None: what fits beside what is in the cache.
 
     The run ends after `duration_seconds` or `max_operations`, whichever comes first; `verify_only` ends by itself.
+    `paged_on`: the device, by PyTorch's name, on which chunks lie as an engine's paged KV; None: in private memory.
     """
 
     chunk_bytes: int = 1 << 20
@@ -84,6 +88,7 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
     warmup_seconds: float = 1.0
     duration_seconds: float | None = 30.0
     max_operations: int | None = None
+    paged_on: str | None = None
     inline: bool = False
     check: bool = True
     verify_only: bool = False
@@ -136,6 +141,7 @@ class BenchRun(msgspec.Struct, kw_only=True):
     versions: dict[str, Any]
     environment: dict[str, Any]
     is_inline: bool
+    device: DeviceReport | None
     measured_seconds: float
     operation_share: float
     operations: dict[OperationKind, OperationFigures]
@@ -162,7 +168,7 @@ class BenchRun(msgspec.Struct, kw_only=True):
                 "checksum",
             )
         if self.refusal is not None:
-            kind = UnreachableError if self.refusal.is_unreachable else LMCacheError
+            kind = UnreachableError if self.refusal.exit_code == UnreachableError.exit_code else LMCacheError
             return kind(f"the run ended early: {self.refusal.message}", self.refusal.hint, self.refusal.code)
         if failed:
             causes = "; ".join(f"{count} {code}" for code, count in self.failures.by_code.items())
@@ -187,7 +193,7 @@ def run_bench(url: str, settings: BenchSettings, on_progress: OnProgress = lambd
 
     An exception, KeyboardInterrupt too, also ends the workers and removes their chunks before it goes on.
 
-    Raises: UsageError for settings that do not fit the server; UnreachableError, RemoteError.
+    Raises: UsageError for settings that do not fit the server or this machine; UnreachableError, RemoteError.
     """
     with MessageQueueClient(url, settings.timeout_seconds) as control:
         at_start = control.call(Status()).status
@@ -239,6 +245,7 @@ def make_plans(url: str, settings: BenchSettings, l1: dict[str, Any], has_l2: bo
             timeout_seconds=settings.timeout_seconds,
             inline=settings.inline,
             has_l2=has_l2,
+            paged_on=settings.paged_on,
             workload=workload,
             lane=lane,
             num_lanes=lanes,
@@ -268,13 +275,13 @@ def _workload(settings: BenchSettings, l1: dict[str, Any]) -> tuple[Workload, in
             chunks_per_prompt=settings.chunks_per_prompt,
         )
         num_prompts = 0
-    _check_sizes(workload, settings.concurrency, int(l1["capacity_bytes"]))
+    _check_sizes(workload, settings, int(l1["capacity_bytes"]))
     if settings.reuse is None:
         num_prompts = _num_prompts(settings, workload, l1)
     return workload, num_prompts
 
 
-def _check_sizes(workload: Workload, concurrency: int, capacity_bytes: int) -> None:
+def _check_sizes(workload: Workload, settings: BenchSettings, capacity_bytes: int) -> None:
     if not MIN_CHUNK_BYTES <= workload.chunk_bytes <= MAX_CHUNK_BYTES:
         raise UsageError(
             f"chunks of {workload.chunk_bytes} bytes cannot be measured",
@@ -285,11 +292,13 @@ def _check_sizes(workload: Workload, concurrency: int, capacity_bytes: int) -> N
         raise UsageError(
             f"a prompt cannot have {workload.chunks_per_prompt} chunks", f"use 1 to {MAX_CHUNKS}", "chunks_per_prompt"
         )
-    # All workers may hold a prompt pinned or reserved at the same time, each page-aligned.
-    needed = concurrency * workload.chunks_per_prompt * _page_aligned(workload.chunk_bytes)
+    # All workers may hold a prompt pinned or reserved at the same time, each page-aligned, and one more for raw copies.
+    has_raw_places = settings.paged_on is not None and not settings.verify_only
+    count = "two prompts" if has_raw_places else "one prompt"
+    needed = settings.concurrency * (1 + has_raw_places) * workload.chunks_per_prompt * _page_aligned(workload.chunk_bytes)
     if needed > capacity_bytes:
         raise UsageError(
-            f"one prompt for each of {concurrency} workers takes {needed} bytes, L1 has {capacity_bytes}",
+            f"{count} for each of {settings.concurrency} workers takes {needed} bytes, L1 has {capacity_bytes}",
             "use a smaller --chunk-bytes, --chunks-per-prompt or --concurrency, or a larger --l1-size-gb",
             "too_large",
         )
@@ -388,9 +397,10 @@ class WorkerProcess:
 
     @property
     def allowed_silence_seconds(self) -> float:
-        """How long one operation can take: each of its messages has a deadline."""
+        """How long one operation can take: each of its messages has a deadline, and each copy on a device."""
         num_messages = 4 + (self.plan.workload.chunks_per_prompt if self.plan.inline else 0)
-        return SILENCE_SECONDS + num_messages * self.plan.timeout_seconds
+        extra = DEVICE_SILENCE_SECONDS if self.plan.paged_on is not None else 0.0
+        return SILENCE_SECONDS + extra + num_messages * self.plan.timeout_seconds
 
     def end(self) -> None:
         """Return when the process is gone; one that does not go is killed."""
@@ -433,8 +443,14 @@ class Fleet:
         self._stop()
 
     def prepare(self) -> bool:
-        """Return when all workers are prepared: True, or False when one has given up."""
+        """Return when all workers are prepared: True, or False when one has given up.
+
+        Raises: UsageError when one cannot do here what it is to do.
+        """
         self._pump(lambda worker: worker.is_waiting or worker.report is not None)
+        for refusal in refusals(self.reports()):
+            if refusal.exit_code == UsageError.exit_code:
+                raise UsageError(refusal.message, refusal.hint, refusal.code)
         return all(worker.report is None for worker in self._workers)
 
     def measure(self) -> None:
@@ -511,6 +527,11 @@ def _figures(
         versions=_versions(at_start),
         environment=_environment(at_start),
         is_inline=any(report.is_inline for report in reports),
+        device=max(
+            (report.device for report in reports if report.device is not None),
+            key=lambda device: device.pool_unpinned_bytes,
+            default=None,
+        ),
         measured_seconds=max((report.measured_seconds for report in reports), default=0.0),
         operation_share=_ratio(
             sum(report.operation_seconds for report in reports), sum(report.measured_seconds for report in reports)
@@ -521,7 +542,7 @@ def _figures(
         bandwidth=_bandwidths(reports, _l2_bandwidths(reports, before, after)),
         correctness=_total_correctness(reports),
         failures=_total_failures(reports),
-        refusal=next((report.gave_up for report in reports if report.gave_up is not None), None),
+        refusal=next(iter(refusals(reports)), None),
         fill=_total_fill(reports),
         evicted_chunks=None,
         missing_explained=False,
@@ -533,6 +554,11 @@ def _figures(
     _compare_with_server(run, reports, at_start, before, after)
     run.notes += _notes(run, at_start, after)
     return run
+
+
+def refusals(reports: Sequence[LaneReport]) -> list[Refusal]:
+    """Return why workers stopped early."""
+    return [report.gave_up for report in reports if report.gave_up is not None]
 
 
 def _operation_figures(kind: OperationKind, reports: Sequence[LaneReport]) -> OperationFigures:
@@ -721,6 +747,11 @@ def _notes(run: BenchRun, at_start: dict[str, Any], after: dict[str, Any] | None
         notes.append(f"{run.correctness.missing} chunks had been evicted when they were asked for")
     if run.settings["concurrency"] > run.environment["num_cpus"]:
         notes.append(f"more workers than the {run.environment['num_cpus']} CPUs: they also wait for each other")
+    if run.device is not None and run.device.pool_unpinned_bytes:
+        notes.append(
+            f"{format_bytes(run.device.pool_unpinned_bytes)} of the pool could not be pinned, and are copied slower:"
+            " see 'ulimit -l' and the container's memory limit"
+        )
     if run.is_inline and not run.settings["inline"]:
         notes.append("the pool could not be mapped: all chunks went over the socket")
     if run.removed_chunks is None and not run.settings["keep"]:
@@ -741,7 +772,7 @@ def _effective_settings(settings: BenchSettings, workload: Workload, num_prompts
         working_set_bytes=num_prompts * workload.prompt_bytes,
         working_set_prompts=num_prompts,
         reuse=str(settings.reuse) if settings.reuse is not None else None,
-        device="cpu",
+        device=effective.pop("paged_on") or "cpu",
     )
     return effective
 

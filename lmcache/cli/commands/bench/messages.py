@@ -11,13 +11,15 @@ from lmcache.errors import LMCacheError
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What one worker has to do. Prompts are dealt out: worker `lane` of `num_lanes` has every `num_lanes`-th.
 
-    `num_prompts` and `num_fill_prompts` are those of all workers, `max_operations` is this worker's.
+    `num_prompts` and `num_fill_prompts` are those of all workers, `max_operations` is this worker's. `paged_on`: the device, by
+    PyTorch's name, on which chunks lie as an engine's paged KV; None: they lie in private memory.
     """
 
     url: str
     timeout_seconds: float
     inline: bool
     has_l2: bool = False
+    paged_on: str | None = None
     workload: Workload
     lane: int
     num_lanes: int
@@ -102,12 +104,28 @@ class Failures(msgspec.Struct):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """Why a worker stopped before its work was done."""
+    """Why a worker stopped before its work was done; `exit_code` is the error's."""
 
     code: str
     message: str
     hint: str
-    is_unreachable: bool
+    exit_code: int
+
+
+class DeviceReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The device that the chunks lay on as paged KV: which one, how much of the pool is pinned for it, and what it had to hold.
+
+    `staging_bytes` and `kv_bytes` are device memory of one worker.
+    """
+
+    name: str
+    pool_pinned_bytes: int
+    pool_unpinned_bytes: int
+    staging_bytes: int
+    kv_bytes: int
+    num_layers: int
+    blocks_per_chunk: int
+    block_bytes: int
 
 
 class LaneReport(msgspec.Struct):
@@ -123,6 +141,7 @@ class LaneReport(msgspec.Struct):
     operation_seconds: float = 0.0
     removed_chunks: int = 0
     is_inline: bool = False
+    device: DeviceReport | None = None
     gave_up: Refusal | None = None
 
 

@@ -7,8 +7,8 @@ other worker's interpreter lock. Next on the path: `client/kvcache.py`; at the o
     store the fill and the working set, warm up -> Waiting -> "go" -> measure -> Finished
     store one's share                           -> Waiting -> "go" -> verify the next worker's share -> Finished
 
-Only the cache's part of an operation is timed. Preparing the bytes, checking them, making room in the working set and the
-raw copies happen between the operations.
+Only the cache's part of an operation is timed, until the last byte is where it should be. Preparing the bytes, checking them,
+making room in the working set and the raw copies happen between the operations.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import TypeVar
 
 import msgspec
 
+from lmcache.cli.commands.bench.memory import ChunkMemory, make_memory
 from lmcache.cli.commands.bench.messages import (
     BadChunk,
     CopyTally,
@@ -38,11 +39,8 @@ from lmcache.cli.commands.bench.messages import (
     Tally,
     Waiting,
 )
-from lmcache.cli.commands.bench.rawcopy import RawCopy
 from lmcache.cli.commands.bench.workload import (
-    Content,
     OperationKind,
-    PromptBuffer,
     Workload,
     fill_prompt,
     first_difference,
@@ -57,7 +55,7 @@ from lmcache.keys import KEY_BYTES
 from lmcache.log import LEVEL_VARIABLE, configure_logging
 from lmcache.protocol import Evict, LookupReply, Placement, StoreOutcome
 
-WARM_UP, MEASURE = "warm up", "measure"
+OPEN, PIN, WARM_UP, MEASURE = "open", "pin", "warm up", "measure"
 REQUEST_ID = "bench"
 REPORT_SECONDS = 0.1
 CLAIM_PROMPTS = 256
@@ -164,8 +162,8 @@ class Lane:
         # The first prompt whose store failed: parts of it may have become visible all the same.
         self._in_doubt = sys.maxsize
         self._choices = random.Random(f"{workload.seed}/{plan.lane}/prompts")
-        self._content = Content(workload)
-        self._landing = PromptBuffer(workload, bytes(workload.chunk_bytes))
+        self._memory: ChunkMemory = make_memory(plan, client)
+        self._content, self._landing = self._memory.content, self._memory.landing
         self._namespace_id = workload.namespace.id
         self._failures_in_a_row = 0
         self._promoted_chunks = 0
@@ -178,15 +176,22 @@ class Lane:
     def run(self) -> None:
         """Do the whole plan; what stops it early is in the report."""
         try:
-            self.report.is_inline = self._client.is_inline
-            if self._plan.verify_only:
-                self._run_verify_only()
-            else:
-                self._run_measurement()
+            with contextlib.closing(self._memory):
+                self._open()
+                if self._plan.verify_only:
+                    self._run_verify_only()
+                else:
+                    self._run_measurement()
         except GiveUpError as exc:
             self._give_up(exc.__cause__)
         except LMCacheError as exc:
             self._give_up(exc)
+
+    def _open(self) -> None:
+        self._tick(OPEN, 0.0, now=True)
+        self.report.is_inline = self._client.is_inline
+        self._memory.open(lambda share: not self._tick(PIN, share))
+        self.report.device = self._memory.report()
 
     def _run_verify_only(self) -> None:
         if not self._plan.reuse:
@@ -196,15 +201,14 @@ class Lane:
 
     def _run_measurement(self) -> None:
         plan = self._plan
+        self._memory.open_raw(self._room * self._workload.prompt_bytes)
         self._store_fill()
         self._store_working_set()
-        raw = RawCopy(self._workload.prompt_bytes, self._room * self._workload.prompt_bytes)
-        with contextlib.closing(raw):
-            upcoming = operations(plan.mix, self._workload.seed, plan.lane)
-            self._operate(upcoming, raw, WARM_UP, plan.warmup_seconds, None)
-            self._clear_tallies()
-            if self._parent.wait_for_go():
-                self._operate(upcoming, raw, MEASURE, plan.duration_seconds, plan.max_operations)
+        upcoming = operations(plan.mix, self._workload.seed, plan.lane)
+        self._operate(upcoming, WARM_UP, plan.warmup_seconds, None)
+        self._clear_tallies()
+        if self._parent.wait_for_go():
+            self._operate(upcoming, MEASURE, plan.duration_seconds, plan.max_operations)
 
     def _store_fill(self) -> None:
         total = lane_size(self._plan.num_fill_prompts, self._plan.lane, self._plan.num_lanes)
@@ -215,6 +219,7 @@ class Lane:
                 break
             keys = self._workload.keys(fill_prompt(self._item(number)))
             self._content.become(keys)
+            self._memory.place()
             seconds = self._attempt(partial(self._store, keys))
             if seconds is not None:
                 fill.num_chunks += self._workload.chunks_per_prompt
@@ -229,7 +234,7 @@ class Lane:
             self._do_store()
 
     def _operate(
-        self, upcoming: Iterator[OperationKind], raw: RawCopy, phase: str, seconds: float | None, max_operations: int | None
+        self, upcoming: Iterator[OperationKind], phase: str, seconds: float | None, max_operations: int | None
     ) -> None:
         """Run operations until the time is over, enough were done, or the parent says stop."""
         self._tick(phase, 0.0, now=True)
@@ -244,7 +249,7 @@ class Lane:
         try:
             while True:
                 if time.monotonic() >= next_raw:
-                    next_raw = self._copy_raw(raw)
+                    next_raw = self._copy_raw()
                 elapsed = time.perf_counter() - started
                 share = max(_share(elapsed, seconds), _share(done, max_operations))
                 if share >= 1 or self._tick(phase, share):
@@ -268,6 +273,7 @@ class Lane:
                 break
             prompt = lane_item(number, lane, self._plan.num_lanes)
             keys = self._workload.keys(prompt)
+            self._memory.blot()
             found = self._attempt(partial(self._retrieve, keys))
             if found is not None:
                 seconds, placements = found
@@ -286,6 +292,7 @@ class Lane:
         keys = self._workload.keys(self._item(number))
         self._content.become(keys)
         checksums = self._content.checksums() if self._plan.check else []
+        self._memory.place()
         seconds = self._attempt(partial(self._store, keys))
         if seconds is None:
             self._in_doubt = min(number, self._in_doubt)
@@ -298,6 +305,7 @@ class Lane:
         if not self._live:
             return
         prompt = self._choices.choice(self._live)
+        self._memory.blot()
         found = self._attempt(partial(self._retrieve, prompt.keys))
         if found is not None:
             seconds, placements = found
@@ -319,11 +327,10 @@ class Lane:
             tally.l2_chunks += reply.l2_chunks
 
     def _store(self, keys: bytes) -> float:
-        """Store what `_content` holds; return the seconds until all of it is visible."""
+        """Store what was placed; return the seconds until all of it is visible."""
         started = time.perf_counter()
         with self._client.reserve(keys, self._workload.chunk_bytes, self._namespace_id) as reservation:
-            for extent, index in zip(reservation.extents, reservation.reserved_indices(), strict=True):
-                extent[:] = self._content.chunks[index]
+            self._memory.store(reservation)
             committed = reservation.commit()
         seconds = time.perf_counter() - started
         if committed < self._workload.chunks_per_prompt:
@@ -332,11 +339,10 @@ class Lane:
         return seconds
 
     def _retrieve(self, keys: bytes) -> tuple[float, list[Placement]]:
-        """Copy the leading chunks that are there into `_landing`; return the seconds until they are unpinned again.
+        """Load the leading chunks that are there; return the seconds until they are unpinned again.
 
         Where there is an L2, a lookup has them loaded into L1 first, as an engine's does; its time is not counted here.
         """
-        self._landing.blot()
         if not self._plan.has_l2:
             return self._read(keys)
         self._promoted_chunks = self._client.lookup(keys, REQUEST_ID).l2_chunks
@@ -348,10 +354,10 @@ class Lane:
     def _read(self, keys: bytes) -> tuple[float, list[Placement]]:
         started = time.perf_counter()
         with self._client.pin(keys, REQUEST_ID) as pinned:
-            for chunk, extent in zip(self._landing.chunks, pinned.extents):  # noqa: B905 - a miss ends the shorter one
-                if len(extent) != len(chunk):
-                    raise ProtocolError(f"a chunk of {len(chunk)} bytes came back with {len(extent)}")
-                chunk[:] = extent
+            for extent in pinned.extents:
+                if len(extent) != self._workload.chunk_bytes:
+                    raise ProtocolError(f"a chunk of {self._workload.chunk_bytes} bytes came back with {len(extent)}")
+            self._memory.load(pinned.extents)
             pinned.verify()
         return time.perf_counter() - started, pinned.placements
 
@@ -380,7 +386,9 @@ class Lane:
         return result
 
     def _may_answer_again(self, exc: LMCacheError) -> bool:
-        """A late answer is one failure; where nobody listens every further operation would wait in vain."""
+        """A late answer is one failure; where nobody listens or a copy is stuck, all further operations would wait in vain."""
+        if self._memory.is_stuck:
+            return False
         if not isinstance(exc, DeadlineError):
             return not isinstance(exc, UnreachableError)
         try:
@@ -392,11 +400,12 @@ class Lane:
     # -- between the operations ---------------------------------------------------------------------------------------
 
     def _check(self, prompt: int, keys: bytes, expected: list[int], placements: list[Placement]) -> None:
-        """Compare what is in `_landing` with what was stored under these keys."""
+        """Compare what was loaded with what was stored under these keys."""
         correctness = self.report.correctness
         correctness.missing += self._workload.chunks_per_prompt - len(placements)
         if not self._plan.check:
             return
+        self._memory.fetch()
         wrong = [index for index in range(len(placements)) if checksum(self._landing.chunks[index]) != expected[index]]
         correctness.ok += len(placements) - len(wrong)
         correctness.bad += len(wrong)
@@ -423,12 +432,12 @@ class Lane:
         tally.asked_chunks += self._workload.chunks_per_prompt
         return tally
 
-    def _copy_raw(self, raw: RawCopy) -> float:
+    def _copy_raw(self) -> float:
         """Make the same copies without the cache for a while; return when it is time again."""
         until = time.monotonic() + RAW_SECONDS
         while True:
-            self._count_raw(self.report.raw_writes, raw.write(self._content.chunks))
-            self._count_raw(self.report.raw_reads, raw.read(self._landing.chunks))
+            self._count_raw(self.report.raw_writes, self._memory.raw_write())
+            self._count_raw(self.report.raw_reads, self._memory.raw_read())
             now = time.monotonic()
             if now >= until:
                 return (now // RAW_PERIOD_SECONDS + 1) * RAW_PERIOD_SECONDS
@@ -469,7 +478,7 @@ class Lane:
         assert isinstance(cause, LMCacheError)
         if self._phase != MEASURE:
             self._clear_tallies()
-        self.report.gave_up = Refusal(cause.code, cause.message, cause.hint, isinstance(cause, UnreachableError))
+        self.report.gave_up = Refusal(cause.code, cause.message, cause.hint, cause.exit_code)
 
     def remove_everything(self) -> None:
         """Remove what this worker stored: for when the parent, whose task it is, is gone."""

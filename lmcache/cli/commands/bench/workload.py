@@ -24,6 +24,8 @@ STAMP_EVERY_BYTES = 4096
 _WORDS_BETWEEN_STAMPS = STAMP_EVERY_BYTES // STAMP_BYTES
 # Prompts from here on only fill L1; they are never read. Token ids, and so prompt numbers, are 32 bits wide.
 FILL_PROMPTS_FROM = 1 << 31
+# From here on places are reserved for raw copies; nothing is ever stored under these keys.
+RAW_PROMPTS_FROM = (1 << 32) - (1 << 16)
 
 
 class OperationKind(str, Enum):
@@ -84,6 +86,11 @@ class Content:
         """The chunks of the prompt that `become` named last."""
         return self._buffer.chunks
 
+    @property
+    def whole(self) -> memoryview:
+        """The same, one after the other."""
+        return self._buffer.whole
+
     def become(self, keys: bytes) -> None:
         """Hold the content of the chunks with these keys."""
         self._buffer.stamp([key[:STAMP_BYTES] for key in split_keys(keys)])
@@ -107,7 +114,7 @@ class PromptBuffer:
 
     def __init__(self, workload: Workload, block: bytes) -> None:
         size = workload.chunk_bytes
-        view = memoryview(bytearray(block * workload.chunks_per_prompt))
+        self.whole = view = memoryview(bytearray(block * workload.chunks_per_prompt))
         self.chunks = [view[at : at + size] for at in range(0, len(view), size)]
         whole_words = size // STAMP_BYTES * STAMP_BYTES
         self._stamps = [chunk[:whole_words].cast("Q")[::_WORDS_BETWEEN_STAMPS] for chunk in self.chunks]
@@ -147,6 +154,11 @@ def operations(mix: dict[OperationKind, float], seed: int, lane: int) -> Iterato
 def fill_prompt(number: int) -> int:
     """Return the `number`-th prompt that is stored only to fill L1."""
     return FILL_PROMPTS_FROM + number
+
+
+def raw_prompt(lane: int) -> int:
+    """Return the prompt under whose keys a worker reserves places for its raw copies."""
+    return RAW_PROMPTS_FROM + lane
 
 
 def lane_size(total: int, lane: int, num_lanes: int) -> int:

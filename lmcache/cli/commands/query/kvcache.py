@@ -10,13 +10,18 @@ from lmcache.cli.base import add_prompt_options, byte_size, positive_int
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable, Sequence
+    from typing import Any, TypeVar
 
     from lmcache.cli.base import Answer, CommandParser, Url
     from lmcache.cli.output import Result
     from lmcache.cli.prompts import TokenizedPrompt
     from lmcache.cli.status import ModelView
-    from lmcache.client.kvcache import KVCacheClient
+    from lmcache.client.kvcache import Buffer, KVCacheClient
+    from lmcache.protocol import StoreOutcome
+    from lmcache.transfer.paged import PagedKV
+
+    T = TypeVar("T")
 
 DEFAULT_ROUND_TRIP_CHUNKS = 4
 DEFAULT_CHUNK_BYTES = 1 << 20
@@ -36,6 +41,12 @@ def add_options(parser: CommandParser) -> None:
         "--chunk-bytes", type=byte_size, default=DEFAULT_CHUNK_BYTES, metavar="SIZE", help="of each (default: 1MiB)"
     )
     group.add_argument("--inline", action="store_true", help="over the socket, also where the pool could be mapped")
+    group.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the bytes are: in host memory, or in a GPU's as an engine's paged KV; needs PyTorch (default: cpu)",
+    )
 
 
 def query_kvcache(args: Namespace) -> int:
@@ -43,8 +54,25 @@ def query_kvcache(args: Namespace) -> int:
     from lmcache.cli.base import kvcache_url
     from lmcache.cli.output import report
 
+    check_round_trip_options(args)
     url = kvcache_url(args)
     return report(round_trip(url, args) if args.round_trip else lookup(url, args), args)
+
+
+def check_round_trip_options(args: Namespace) -> None:
+    """Refuse what contradicts itself.
+
+    Raises: UsageError
+    """
+    from lmcache.errors import UsageError
+
+    if args.device == "cuda" and not args.round_trip:
+        raise UsageError("--device says where a round trip's bytes are; a lookup moves none", "add --round-trip")
+    if args.device == "cuda" and args.inline:
+        raise UsageError(
+            "--device cuda copies between the GPU and the mapped pool, --inline goes over the socket",
+            "drop --inline, or use --device cpu",
+        )
 
 
 # -- lookup ----------------------------------------------------------------------------------------
@@ -129,32 +157,133 @@ def round_trip(url: Url, args: Namespace) -> Result:
     url = zmq_url(url, args.timeout)
     send_request(url, Noop(), timeout=args.timeout)  # says who else may be there, and does not wait twice
     with KVCacheClient(url.text, kind="cli", timeout_seconds=args.timeout, inline=args.inline) as client:
-        return _round_trip(client, args.chunks, args.chunk_bytes)
+        if args.device == "cpu":
+            return _round_trip(client, HostBuffers(args.chunks, args.chunk_bytes))
+        return paged_round_trip(client, args.chunks, args.chunk_bytes, args.device, args.quiet)
 
 
-def _round_trip(client: KVCacheClient, num_chunks: int, chunk_bytes: int) -> Result:
+def paged_round_trip(client: KVCacheClient, num_chunks: int, chunk_bytes: int, device: str, is_quiet: bool = False) -> Result:
+    """Make the round trip from and to paged KV on a device, by PyTorch's name, as an engine does.
+
+    Raises: UsageError, UnreachableError, RemoteError, LMCacheError.
+    """
+    from lmcache.cli.output import format_bytes
+    from lmcache.cli.paged import PinNotice, open_paged_kv
+    from lmcache.protocol import PinReport
+
+    notice = PinNotice()
+
+    def keep_waiting(share: float) -> bool:
+        if not is_quiet:
+            notice.show(share)
+        return True
+
+    kv = open_paged_kv(client, chunk_bytes, num_chunks, device, keep_waiting)
+    result = _round_trip(client, PagedBuffers(kv, num_chunks, chunk_bytes))
+    pins = kv.copier.pin_report() or PinReport()
+    result.row("Device", kv.device_name, key="device_name")
+    result.row("Pool pinned", pins.pinned_bytes, key="pool_pinned_bytes", text=format_bytes(pins.pinned_bytes))
+    result.row("Pool not pinned", pins.unpinned_bytes, key="pool_unpinned_bytes", text=format_bytes(pins.unpinned_bytes))
+    result.row("Staging memory", kv.staging_bytes, key="staging_bytes", text=format_bytes(kv.staging_bytes))
+    return result
+
+
+class HostBuffers:
+    """Random chunks in private memory, and room for them to come back."""
+
+    def __init__(self, num_chunks: int, chunk_bytes: int) -> None:
+        self.chunk_bytes = chunk_bytes
+        self.sent = [os.urandom(chunk_bytes) for _ in range(num_chunks)]
+        self._received = [bytearray(chunk_bytes) for _ in range(num_chunks)]
+
+    def store(self, client: KVCacheClient, keys: bytes) -> list[StoreOutcome]:
+        """Store all chunks; return what became of each."""
+        return client.store(keys, self.sent, with_checksums=True)
+
+    def blot(self) -> None:
+        """Do nothing: what comes back lands in memory of its own, which is empty."""
+
+    def retrieve(self, client: KVCacheClient, keys: bytes) -> int:
+        """Retrieve the chunks; return how many came."""
+        return client.retrieve(keys, self._received)
+
+    def received(self, count: int) -> Sequence[Buffer]:
+        """Return the first chunks that came back."""
+        return self._received[:count]
+
+
+class PagedBuffers:
+    """Random chunks as paged KV on a device."""
+
+    def __init__(self, kv: PagedKV, num_chunks: int, chunk_bytes: int) -> None:
+        self.chunk_bytes = chunk_bytes
+        whole = memoryview(bytearray(os.urandom(num_chunks * chunk_bytes)))
+        self.sent = self._split(whole)
+        self._kv = kv
+        kv.fill(whole)
+
+    def _split(self, whole: memoryview) -> list[memoryview]:
+        return [whole[at : at + self.chunk_bytes] for at in range(0, len(whole), self.chunk_bytes)]
+
+    def store(self, client: KVCacheClient, keys: bytes) -> list[StoreOutcome]:
+        """Gather the chunks into the pool; return what became of each."""
+        from lmcache.errors import DeadlineError
+
+        with client.reserve(keys, self.chunk_bytes) as reservation:
+            try:
+                self._kv.store(reservation.extents, reservation.reserved_indices())
+            except DeadlineError:  # the device may write there at any time from now on
+                reservation.keep_for_ever()
+                raise
+            reservation.commit()
+            return reservation.outcomes
+
+    def blot(self) -> None:
+        """Make every block wrong."""
+        self._kv.blot()
+
+    def retrieve(self, client: KVCacheClient, keys: bytes) -> int:
+        """Scatter the chunks into other blocks; return how many came."""
+        with client.pin(keys) as pinned:
+            self._kv.load(pinned.extents)
+            pinned.verify()
+            return len(pinned.extents)
+
+    def received(self, count: int) -> Sequence[Buffer]:
+        """Return the first chunks that came back."""
+        whole = memoryview(bytearray(len(self.sent) * self.chunk_bytes))
+        self._kv.fetch(whole)
+        return self._split(whole)[:count]
+
+
+def _round_trip(client: KVCacheClient, buffers: HostBuffers | PagedBuffers) -> Result:
     from lmcache.errors import UnreachableError
 
+    num_chunks = len(buffers.sent)
     keys = unique_keys(num_chunks)
-    sent = [os.urandom(chunk_bytes) for _ in range(num_chunks)]
-    received = [bytearray(chunk_bytes) for _ in range(num_chunks)]
     is_inline = client.is_inline
     try:
-        started_at = time.perf_counter()
-        store(client, keys, sent)
-        stored_at = time.perf_counter()
-        num_received = client.retrieve(keys, received)
-        retrieved_at = time.perf_counter()
+        store_seconds = timed(lambda: check_stored(buffers.store(client, keys)))[1]
+        buffers.blot()
+        num_received, retrieve_seconds = timed(lambda: buffers.retrieve(client, keys))
+        received = buffers.received(num_received)
     except UnreachableError:
         raise  # nobody is there to clean up, and waiting for the same silence twice helps nobody
     except BaseException:
         remove(client, keys)
         raise
     removed = remove(client, keys)
-    result = round_trip_result(sent, received[:num_received], stored_at - started_at, retrieved_at - stored_at)
+    result = round_trip_result(buffers.sent, received, store_seconds, retrieve_seconds)
     result.row("Path", "socket" if is_inline else "shared memory", key="path")
     result.row("Cleaned up", removed, key="removed_chunks", text=f"{removed}/{num_chunks} chunks")
     return result
+
+
+def timed(action: Callable[[], T]) -> tuple[T, float]:
+    """Return what an action returns, and the seconds that it took."""
+    started = time.perf_counter()
+    found = action()
+    return found, time.perf_counter() - started
 
 
 def unique_keys(count: int) -> bytes:
@@ -166,15 +295,14 @@ def unique_keys(count: int) -> bytes:
     return chunk_keys(namespace, range(count))
 
 
-def store(client: KVCacheClient, keys: bytes, chunks: list[bytes]) -> None:
-    """Store all chunks.
+def check_stored(outcomes: list[StoreOutcome]) -> None:
+    """Return if all chunks were stored.
 
-    Raises: LMCacheError when the server has no room for one; UnreachableError, RemoteError.
+    Raises: LMCacheError when the server has no room for one.
     """
     from lmcache.errors import LMCacheError
     from lmcache.protocol import StoreOutcome
 
-    outcomes = client.store(keys, chunks, with_checksums=True)
     refused = [outcome for outcome in outcomes if outcome is not StoreOutcome.RESERVED]
     if refused:
         raise LMCacheError(
@@ -198,7 +326,9 @@ def remove(client: KVCacheClient, keys: bytes) -> int:
         time.sleep(CLEAN_UP_SECONDS / 100)
 
 
-def round_trip_result(sent: list[bytes], received: list[bytearray], store_seconds: float, retrieve_seconds: float) -> Result:
+def round_trip_result(
+    sent: Sequence[Buffer], received: Sequence[Buffer], store_seconds: float, retrieve_seconds: float
+) -> Result:
     """Return the report: good when every byte came back."""
     from lmcache.cli.output import Result
 
