@@ -42,6 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="ours",
         help="the connector class that vLLM uses in the chaos (default: %(default)s)",
     )
+    parser.addoption(
+        "--chaos-clients", type=int, default=12, help="how many clients ask at once in the chaos (default: %(default)s)"
+    )
     parser.addoption("--chaos-seed", help="draw the prompts and faults of the run that printed this seed (default: a new one)")
     parser.addoption("--fuzz-seed", help="repeat the run that printed this seed (default: a new one)")
 

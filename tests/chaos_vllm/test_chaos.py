@@ -28,7 +28,6 @@ from tests.server_process import run_lmcache
 
 LONG_RUN_SECONDS = 300.0
 DRAIN_SECONDS = 120.0
-NUM_CLIENTS = 12
 # 32 chunks; the stems alone have 60.
 L1_GIB = 8 / 1024
 SERVER_FLAGS = ["--chunk-size", str(CHUNK_SIZE)]
@@ -57,6 +56,11 @@ def seconds(pytestconfig: pytest.Config) -> float:
     if not seconds:
         pytest.skip("takes minutes: make chaos")
     return seconds
+
+
+@pytest.fixture(scope="module")
+def num_clients(pytestconfig: pytest.Config) -> int:
+    return int(pytestconfig.getoption("--chaos-clients"))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +94,9 @@ def engine(
 
 
 @pytest.fixture(scope="module")
-def references(engine: Engine, server: MortalServer, generator: random.Random, seconds: float) -> list[Reference]:
+def references(
+    engine: Engine, server: MortalServer, generator: random.Random, seconds: float, num_clients: int
+) -> list[Reference]:
     """Prompts and answers, made while there is no cache server."""
     server.kill()
 
@@ -100,7 +106,7 @@ def references(engine: Engine, server: MortalServer, generator: random.Random, s
         return completion
 
     boundaries = MAX_CHUNKS if seconds >= LONG_RUN_SECONDS else 1
-    references = make_references(ask, generator, NUM_CLIENTS, boundaries)
+    references = make_references(ask, generator, num_clients, boundaries)
     server.start()
     engine.server = server.now
     engine.wait_for_cache()
@@ -142,12 +148,13 @@ def test_answers_are_right_and_nothing_is_held_whatever_happens(
     references: list[Reference],
     generator: random.Random,
     seconds: float,
+    num_clients: int,
     pytestconfig: pytest.Config,
 ) -> None:
     preempted_before = engine.metric("vllm:num_preemptions_total")
     is_ours = pytestconfig.getoption("--chaos-class") == "ours"
     faults = Faults(engine, server, random.Random(generator.random()), preempts=is_ours)
-    with Clients(engine.port, references, NUM_CLIENTS, generator) as clients:
+    with Clients(engine.port, references, num_clients, generator) as clients:
         faults.cause_for(seconds)
     tally = clients.tally
     engine.server = server.now
