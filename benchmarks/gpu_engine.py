@@ -108,10 +108,11 @@ def measure_ttft(ours: Engine, plain: Engine, cache: Cache, num_tokens: int, rep
         prompt = make_prompt((num_tokens, repeat, time.time()), num_tokens + NEW_TOKENS)
         answers = {}
         expected = cache.counter("stored_chunks") + num_tokens // CHUNK_TOKENS
-        for engine, name in ((ours, "ours"), (plain, "plain")) if repeat % 2 else ((plain, "plain"), (ours, "ours")):
+        turns = ((ours, "ours"), (plain, "plain")) if repeat % 2 else ((plain, "plain"), (ours, "ours"))
+        for engine, name in turns:
             answers[f"{name}_cold"] = engine.ask(prompt, OUTPUT_TOKENS)
-            if name == "ours":
-                cache.wait_until_stored(expected)
+        cache.wait_until_stored(expected)
+        for engine, name in turns:
             time.sleep(IDLE_SECONDS)
             answers[f"{name}_hbm"] = engine.ask(prompt, OUTPUT_TOKENS)
         reset(ours)
@@ -126,6 +127,7 @@ def measure_ttft(ours: Engine, plain: Engine, cache: Cache, num_tokens: int, rep
     moved_ms = num_tokens // CHUNK_TOKENS * CHUNK_TOKENS * KV_BYTES_PER_TOKEN / wire / 1e6
     figures["floor_ttft"] = round(figures["ours_hbm_ttft"] + moved_ms, 2)
     figures["above_floor_ms"] = round(figures["ours_tier_ttft"] - figures["floor_ttft"], 2)
+    figures["own_cache_added_ms"] = round(figures["ours_hbm_ttft"] - figures["plain_hbm_ttft"], 2)
     figures["cold_ratio"] = round(figures["ours_cold_ttft"] / figures["plain_cold_ttft"], 4)
     figures["cold_tpot_ratio"] = round(figures["ours_cold_tpot"] / figures["plain_cold_tpot"], 4)
     print(f"{num_tokens} tokens: {figures}", flush=True)

@@ -147,6 +147,7 @@ def round_trip(url: Url, args: Namespace) -> Result:
     from lmcache.cli.base import send_request, zmq_url
     from lmcache.client.kvcache import KVCacheClient
     from lmcache.errors import UsageError
+    from lmcache.log import LEVEL_VARIABLE, configure_logging
     from lmcache.protocol import MAX_CHUNK_BYTES, Noop
 
     if args.chunk_bytes > MAX_CHUNK_BYTES or args.chunks * args.chunk_bytes > MAX_ROUND_TRIP_BYTES:
@@ -159,6 +160,7 @@ def round_trip(url: Url, args: Namespace) -> Result:
     with KVCacheClient(url.text, kind="cli", timeout_seconds=args.timeout, inline=args.inline) as client:
         if args.device == "cpu":
             return _round_trip(client, HostBuffers(args.chunks, args.chunk_bytes))
+        configure_logging(os.environ.get(LEVEL_VARIABLE, "WARNING"))  # the copier's news are an engine's
         return paged_round_trip(client, args.chunks, args.chunk_bytes, args.device, args.quiet)
 
 
