@@ -221,6 +221,15 @@ def test_nothing_received_can_be_unpickled_or_run(module: str):
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_nothing_runs_in_a_stream_s_callback_and_no_cuda_runtime_is_named(module: str):
+    """HNG-2: what needs the GIL in a callback waits for who holds it in a call of the driver. INS-2: the driver's interface is
+    stable, a runtime's version is not."""
+    source = (ROOT / module).read_text()
+    for name in ("HostFunc", "AddCallback", "libcudart", "cudart"):
+        assert name not in source, f"{module}: {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_no_module_imports_an_optional_one(module: str):
     assert not OPTIONAL_MODULES & {our_file(imported) for imported in imports_of(module)}
 

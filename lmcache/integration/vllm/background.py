@@ -5,7 +5,7 @@ after the other, on a thread of their own. Until a store has read its blocks the
 
     the request runs       the engine does not write to the blocks of tokens that are computed
     the request has ended  the scheduler keeps its blocks (`StepPlan.held`) until `is_reading` says no
-    it is preempted        `cancel`: pieces not yet read are given up, and the engine's stream waits for those being read
+    it is preempted        `cancel`: what was not handed to the device is given up, and the engine's stream waits for the rest
 
 A plan's number stands for all its stores: `done_up_to` tells the scheduler for which requests there is nothing to wait for.
 """
