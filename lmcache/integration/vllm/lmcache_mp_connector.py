@@ -208,7 +208,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Forget the request; True when vLLM must keep its blocks, which are being stored, until `get_finished` names it."""
         scheduler = self._scheduler_half()
-        holds_blocks = scheduler.hold_blocks(request.request_id)
+        holds_blocks = scheduler.hold_blocks(request.request_id, block_ids)
         with _as_a_miss(scheduler):
             scheduler.finished(request.request_id)
         return holds_blocks, None
