@@ -101,6 +101,7 @@ class TimedConnector(LMCacheMPConnector):
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._stamps: dict[str, dict[str, float]] = {}
+        self._loading: dict[int, list[str]] = {}
         self._request_id = ""
         self._floor: MemcpyFloor | None = None
         self._memcpy_first = False
@@ -135,12 +136,15 @@ class TimedConnector(LMCacheMPConnector):
         meta = super().build_connector_meta(scheduler_output)
         for load in meta.plan.loads:
             self._stamp(load.request_id, "meta_built")
+        self._loading[meta.plan.number] = [load.request_id for load in meta.plan.loads]
         return meta
 
     def update_connector_output(self, connector_output: Any) -> None:
         report = getattr(connector_output.kv_connector_worker_meta, "report", None)
-        for request_id in report.ended_loads if report is not None else ():
-            self._stamp(request_id, "step_heard")
+        for up_to in report.loaded_up_to.values() if report is not None else ():
+            for number in [number for number in self._loading if number <= up_to]:
+                for request_id in self._loading.pop(number):
+                    self._stamp(request_id, "step_heard")
         super().update_connector_output(connector_output)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -190,7 +194,7 @@ class TimedConnector(LMCacheMPConnector):
             loads[:] = [dataclasses.replace(load, places=[]) for load in loads]
         self._stamp(request_id, "load_begin")
         if "floor" in request_id:
-            self._worker._ended_loads.update(load.request_id for load in loads)
+            self._worker._loaded_up_to = self._connector_metadata.plan.number
         elif "memcpy" in request_id:
             self._load_beside_memcpy(forward_context, loads)
         else:

@@ -206,7 +206,7 @@ class RegisterReply(Reply):
 
 
 class RegisterKVCache(Request[RegisterReply], tag="REGISTER_KV_CACHE"):
-    """One rank of one engine says what its KV looks like."""
+    """One of `world_size` ranks says what its KV looks like; where all hold the same, the namespace's world size is 1."""
 
     reply_type = RegisterReply
     client: ClientId

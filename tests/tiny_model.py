@@ -1,6 +1,8 @@
 """A tiny random Llama and a tokenizer trained on the project's own text; nothing is downloaded."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -48,7 +50,6 @@ def make_tiny_tokenizer(directory: Path) -> Path:
 
 def make_tiny_model(directory: Path) -> Path:
     """Write a four-layer bf16 Llama (36 MB, 4 KiB of KV a token) and its tokenizer."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -68,9 +69,47 @@ def make_tiny_model(directory: Path) -> Path:
         eos_token_id=SPECIAL_TOKENS.index("<|end|>"),
         pad_token_id=SPECIAL_TOKENS.index("<|pad|>"),
     )
+    return _write_model(directory, LlamaForCausalLM, config)
+
+
+def make_tiny_mla_model(directory: Path) -> Path:
+    """Write a two-layer bf16 DeepSeek-V2 without experts (2.25 KiB of KV a token) and its tokenizer."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    config = DeepseekV2Config(
+        num_hidden_layers=2,
+        first_k_dense_replace=2,  # no layer has experts
+        hidden_size=512,
+        intermediate_size=1024,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        q_lora_rank=None,
+        # vLLM's decoding kernel for the CPU takes these two sizes only.
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=64,
+        v_head_dim=64,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+        n_group=1,
+        topk_group=1,
+        vocab_size=MAX_VOCAB_SIZE,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=0.03,
+        tie_word_embeddings=False,
+        bos_token_id=SPECIAL_TOKENS.index("<|bos|>"),
+        eos_token_id=SPECIAL_TOKENS.index("<|end|>"),
+        pad_token_id=SPECIAL_TOKENS.index("<|pad|>"),
+    )
+    return _write_model(directory, DeepseekV2ForCausalLM, config)
+
+
+def _write_model(directory: Path, make: Callable[[Any], Any], config: Any) -> Path:
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = make(config).to(torch.bfloat16)
     model.save_pretrained(str(directory))
     return make_tiny_tokenizer(directory)
 

@@ -763,11 +763,13 @@ class KVCacheClient:
         return self._call(request)
 
     def find_workers(self, process: str) -> list[RegisterKVCache]:
-        """Return what the ranks of an engine registered whose workers are `process` or its children.
+        """Return what each rank of an engine registered whose workers are `process` or its children; [] until all have.
 
         Raises: UnreachableError, RemoteError.
         """
-        return self._call(lambda a: FindWorkers(client=a.client_id, process=process)).registrations
+        found = self._call(lambda a: FindWorkers(client=a.client_id, process=process)).registrations
+        ranks = {registration.rank: registration for registration in found}  # one that lost its lease may be there twice
+        return list(ranks.values()) if found and len(ranks) == found[0].world_size else []
 
     # -- lookup -------------------------------------------------------------------------------------------------------
 

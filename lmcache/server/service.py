@@ -120,12 +120,17 @@ class Endpoints(msgspec.Struct):
 
 
 class Model(msgspec.Struct):
-    """One engine's namespace as registered by its ranks."""
+    """One engine's namespace as registered by its ranks; `world_size` counts these."""
 
     namespace: Namespace
-    bytes_per_token: dict[int, int]
+    rank_bytes: dict[int, int]
     world_size: int
     layout: KVLayout
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a token weighs in all shards, those of ranks that have not registered yet included."""
+        return sum(self.rank_bytes.values()) * self.namespace.world_size // len(self.rank_bytes)
 
 
 class Pending(msgspec.Struct, frozen=True):
@@ -356,7 +361,7 @@ class CacheService:
     def _register(self, request: RegisterKVCache, payload: Payload) -> Answer:
         client = self._client(request.client)
         namespace = request.namespace
-        if request.layout.fingerprint != namespace.layout or request.world_size != namespace.world_size:
+        if request.layout.fingerprint != namespace.layout or namespace.world_size not in (1, request.world_size):
             raise RemoteError("the namespace names another layout or world size", code="layout_mismatch")
         request.layout.blocks_per_chunk(self._chunk_size)
         if namespace.chunk_size != self._chunk_size:
@@ -376,10 +381,10 @@ class CacheService:
         client.registration = request
         engine = namespace.for_request()
         model = self._models.setdefault(engine.id, Model(engine, {}, request.world_size, request.layout))
-        is_new = request.rank not in model.bytes_per_token
-        if not model.bytes_per_token:
+        is_new = request.rank not in model.rank_bytes
+        if not model.rank_bytes:
             self._note_differences(engine)
-        model.bytes_per_token[request.rank] = request.layout.bytes_per_token
+        model.rank_bytes[request.rank] = request.layout.bytes_per_token
         self._forget_models()
         l1_tokens = self._l1_tokens(model)
         if is_new:
@@ -420,9 +425,7 @@ class CacheService:
         return backends
 
     def _l1_tokens(self, model: Model) -> int:
-        known = model.bytes_per_token
-        per_token = sum(known.values()) * model.world_size // len(known)
-        return self._pool.header.capacity_bytes // max(1, per_token)
+        return self._pool.header.capacity_bytes // max(1, model.bytes_per_token)
 
     def _unregister(self, request: UnregisterKVCache, payload: Payload) -> Answer:
         self._client(request.client).registration = None
@@ -622,7 +625,9 @@ class CacheService:
 
     # -- retrieve -----------------------------------------------------------------------------------------------------
 
-    def _find_chunks(self, keys: bytes, num_chunks: int, rank: int, max_bytes: int | None = None) -> list[Placement]:
+    def _find_chunks(
+        self, client: Client, keys: bytes, num_chunks: int, rank: int, max_bytes: int | None = None
+    ) -> list[Placement]:
         """The leading chunks of one rank that are present, at least one if any and otherwise at most `max_bytes`."""
         l1 = self.storage.l1
         placements: list[Placement] = []
@@ -643,13 +648,14 @@ class CacheService:
             l1.touch(slots)
         self.metrics.count("lmcache_retrieved_chunks", by=len(slots))
         self.metrics.count("lmcache_retrieved_bytes", by=total)
-        if rank == 0:
+        # Of several ranks that read the same chunks, one counts.
+        if (client.registration.rank if client.registration is not None else rank) == 0:
             self.metrics.count("lmcache_retrieved_tokens", by=len(slots) * self._chunk_size)
         return placements
 
     def _retrieve(self, request: Retrieve, payload: Payload) -> Answer:
         client = self._client(request.client, mapped=True)
-        placements = self._find_chunks(*_keys(payload), request.rank)
+        placements = self._find_chunks(client, *_keys(payload), request.rank)
         slots = [placement.slot for placement in placements]
         if slots:
             self.storage.l1.pin(slots)
@@ -673,8 +679,7 @@ class CacheService:
 
     def _get(self, request: Get, payload: Payload) -> Answer:
         """The frames are views of the pool, so the chunks stay pinned until the socket has let go of them."""
-        self._client(request.client)
-        placements = self._find_chunks(*_keys(payload), request.rank, MAX_GET_BYTES)
+        placements = self._find_chunks(self._client(request.client), *_keys(payload), request.rank, MAX_GET_BYTES)
         slots = [placement.slot for placement in placements]
         data = self._pool.data
         self.storage.l1.pin(slots)
@@ -970,11 +975,11 @@ class CacheService:
         return {
             "namespace": msgspec.to_builtins(model.namespace),
             "namespace_id": model.namespace.id,
-            "bytes_per_token": sum(model.bytes_per_token.values()),
+            "bytes_per_token": model.bytes_per_token,
             "layout": msgspec.to_builtins(model.layout),
             "transfer_backends": sorted(live.get(model.namespace.id, set()) - {""}),
             "world_size": model.world_size,
-            "ranks": sorted(model.bytes_per_token),
+            "ranks": sorted(model.rank_bytes),
             "l1_tokens": self._l1_tokens(model),
             "live": model.namespace.id in live,
         }

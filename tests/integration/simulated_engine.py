@@ -1,16 +1,20 @@
 """An engine small enough to reason about, driving both halves of the plug-in as vLLM's scheduler does.
 
-The KV of a full block is a digest of the KV of the block before it, as it lies in memory, and of the
-block's own tokens: what is computed from garbage is garbage, and shows. Modelled on vLLM 0.32:
-admission, chunked prefill, decoding, preemption, its own prefix cache, asynchronous scheduling (a
-step is planned before the one before it was heard of), and the `recompute` policy for failed loads.
+The KV of a full block is a digest of the KV of the block before it, as it lies in the memory of all ranks, and of the
+block's own tokens: what is computed from garbage is garbage on every rank, and shows. Modelled on vLLM 0.32:
+admission, chunked prefill, decoding, preemption, aborts, its own prefix cache, asynchronous scheduling (a
+step is planned before the one before it was heard of), tensor parallel ranks that execute a step one after the other, and
+the `recompute` policy for failed loads.
 """
 
+import functools
 import hashlib
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+
+from lmcache.integration.vllm.steps import StepReport
 
 BLOCK_SIZE = 4
 BLOCK_BYTES = 16
@@ -18,18 +22,22 @@ NUM_LAYERS = 2
 STEP_TOKENS = 3 * BLOCK_SIZE
 
 
-def block_kv(layer, previous, tokens):
-    return hashlib.sha256(repr((layer, bytes(previous), list(tokens))).encode()).digest()[:BLOCK_BYTES]
+def block_kv(layer, shard, previous, tokens):
+    """`previous`: the block before, of each rank."""
+    return hashlib.sha256(repr((layer, shard, previous, list(tokens))).encode()).digest()[:BLOCK_BYTES]
 
 
-def expected_kv(tokens):
-    """[num_layers][num_full_blocks] of what a flawless engine computes for these tokens."""
+def expected_kv(tokens, shards=(0,), shard=0):
+    """[num_layers][num_full_blocks] of what a flawless engine computes for these tokens.
+
+    `shards`: which shard each rank has.
+    """
     layers = []
     for layer in range(NUM_LAYERS):
-        blocks, previous = [], bytes(BLOCK_BYTES)
+        blocks, previous = [], [bytes(BLOCK_BYTES) for _ in shards]
         for start in range(0, len(tokens) - BLOCK_SIZE + 1, BLOCK_SIZE):
-            previous = block_kv(layer, previous, tokens[start : start + BLOCK_SIZE])
-            blocks.append(previous)
+            previous = [block_kv(layer, own, previous, tokens[start : start + BLOCK_SIZE]) for own in shards]
+            blocks.append(previous[shards.index(shard)])
         layers.append(blocks)
     return layers
 
@@ -77,29 +85,33 @@ class Work:
 
 
 class SimEngine:
-    """Runs requests to their end. `planes` is the KV memory, one [num_blocks, BLOCK_BYTES] a layer.
+    """Runs requests to their end.
 
     Args:
+        workers, planes: each rank's; its planes are the KV memory, one [num_blocks, BLOCK_BYTES] a layer.
+        shards: which shard of the KV each rank has.
         lag: how many steps are planned ahead of the last one heard of: 0, or 1 as with vLLM's
             asynchronous scheduling.
         has_prefix_cache: whether requests share blocks inside the engine.
         max_part: how many tokens of one request a step computes at most.
     """
 
-    def __init__(self, scheduler, worker, planes, lag=0, has_prefix_cache=False, max_part=STEP_TOKENS):
+    def __init__(self, scheduler, workers, planes, shards=(0,), lag=0, has_prefix_cache=False, max_part=STEP_TOKENS):
         self.scheduler = scheduler
-        self.worker = worker
+        self.workers = workers
         self.planes = planes
+        self.shards = shards
         self.lag = lag
         self.max_part = max_part
         self.has_prefix_cache = has_prefix_cache
-        self.free = deque(range(len(planes[0])))
+        self.free = deque(range(len(planes[0][0])))
         self.users = {block: 0 for block in self.free}
         self.cached = {}
         self.waiting = deque()
         self.running = []
         self.in_flight = deque()
         self.held = {}
+        self.num_releases = Counter()
         self.preempted = set()
         self.num_loaded_tokens = 0
         self.num_failed_loads = 0
@@ -254,7 +266,9 @@ class SimEngine:
 
     def _update(self, work, result):
         failed, report, released = result
-        for request_id in released:
+        self.num_releases.update(released)
+        for request_id in [id_ for id_, count in self.num_releases.items() if count == len(self.workers)]:
+            del self.num_releases[request_id]
             self._release(self.held.pop(request_id))
         if failed:
             self.num_failed_loads += 1
@@ -289,10 +303,18 @@ class SimEngine:
                 request.num_computed -= scheduled.get(request.request_id, 0)
             request.life += bool(invalid)
 
+    def abort(self, request):
+        """The client has gone."""
+        (self.running if request in self.running else self.waiting).remove(request)
+        self._end(request)
+
     def _finish(self, request):
         self.running.remove(request)
         self.on_finish(request)
-        if self.scheduler.hold_blocks(request.request_id):
+        self._end(request)
+
+    def _end(self, request):
+        if self.scheduler.hold_blocks(request.request_id, request.block_ids):
             self.held[request.request_id] = request
         else:
             self._release(request)
@@ -301,25 +323,35 @@ class SimEngine:
     def on_finish(self, request):
         if self.has_prefix_cache and self.num_failed_loads:
             return  # vLLM itself lets others read a shared block before it is computed again
-        for layer, blocks in enumerate(expected_kv(request.all_token_ids[: request.num_computed])):
-            for block, expected in zip(request.block_ids, blocks, strict=False):
-                assert bytes(self.planes[layer][block].tolist()) == expected
+        for planes, shard in zip(self.planes, self.shards, strict=True):
+            tokens = request.all_token_ids[: request.num_computed]
+            for layer, blocks in enumerate(expected_kv(tokens, self.shards, shard)):
+                for block, expected in zip(request.block_ids, blocks, strict=False):
+                    assert bytes(planes[layer][block].tolist()) == expected
 
-    # -- the worker's process ------------------------------------------------------------------
+    # -- the workers' processes ----------------------------------------------------------------
 
     def _execute(self, plan, work):
-        self.worker.give_up(plan.preempted)
-        self.worker.load(plan)
+        """Return all ranks' results as one, as vLLM's `KVOutputAggregator` does."""
+        for worker in self.workers:
+            worker.give_up(plan.preempted)
+            worker.load(plan)
         for part in work:
             for index in range(part.start // BLOCK_SIZE, part.end // BLOCK_SIZE):
-                tokens = part.tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
-                for layer, plane in enumerate(self.planes):
-                    previous = plane[part.block_ids[index - 1]].tolist() if index else [0] * BLOCK_BYTES
-                    kv = block_kv(layer, previous, tokens)
-                    plane[part.block_ids[index]] = plane.new_tensor(list(kv))
-        self.worker.store(plan)
-        released = self.worker.take_released()
-        return self.worker.take_failed_blocks(), self.worker.take_report(), released
+                self._compute(part.block_ids, index, part.tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
+        for worker in self.workers:
+            worker.store(plan)
+        released = Counter(id_ for worker in self.workers for id_ in worker.take_released())
+        failed = set().union(*(worker.take_failed_blocks() for worker in self.workers))
+        reports = [report for worker in self.workers if (report := worker.take_report()) is not None]
+        return failed, functools.reduce(StepReport.merge, reports) if reports else None, released
+
+    def _compute(self, block_ids, index, tokens):
+        for layer in range(NUM_LAYERS):
+            planes = [planes[layer] for planes in self.planes]
+            previous = [bytes(plane[block_ids[index - 1]].tolist()) if index else bytes(BLOCK_BYTES) for plane in planes]
+            for plane, shard in zip(planes, self.shards, strict=True):
+                plane[block_ids[index]] = plane.new_tensor(list(block_kv(layer, shard, previous, tokens)))
 
 
 def _empty_output():

@@ -39,14 +39,18 @@ class FullAttentionSpec:
     __hash__ = None
 
 
+class MLAAttentionSpec(FullAttentionSpec):
+    """What all ranks hold the same of."""
+
+
 class Layer:
     attn_backend = None
 
     def get_kv_cache_spec(self, vllm_config):
-        return FullAttentionSpec()
+        return MLAAttentionSpec() if vllm_config.model_config.use_mla else FullAttentionSpec()
 
 
-def make_vllm_config(model_dir, **changes):
+def make_vllm_config(model_dir, rank=0, num_ranks=1, **changes):
     model = {
         "model": str(model_dir),
         "revision": None,
@@ -55,11 +59,14 @@ def make_vllm_config(model_dir, **changes):
         "hf_config": SimpleNamespace(to_dict=dict),
         "is_multimodal_model": False,
         "enable_prompt_embeds": False,
+        "use_mla": False,
     }
     model.update({name: changes.pop(name) for name in list(changes) if name in model})
     return SimpleNamespace(
         model_config=SimpleNamespace(**model),
-        parallel_config=SimpleNamespace(world_size=1, tensor_parallel_size=1, decode_context_parallel_size=1, rank=0),
+        parallel_config=SimpleNamespace(
+            world_size=num_ranks, tensor_parallel_size=num_ranks, decode_context_parallel_size=1, rank=rank
+        ),
         scheduler_config=SimpleNamespace(async_scheduling=changes.pop("async_scheduling", False)),
         compilation_config=SimpleNamespace(static_forward_context={name: Layer() for name in LAYERS}),
         kv_transfer_config=SimpleNamespace(
@@ -79,26 +86,29 @@ def server():
 
 
 class Engine:
-    """Both adapters of one engine, as vLLM's class makes them: worker first."""
+    """The adapters of one engine, as vLLM's class makes them: workers first. `worker` and `kv` are the first rank's."""
 
-    def __init__(self, server, monkeypatch, model_dir, **changes):
+    def __init__(self, server, monkeypatch, model_dir, num_ranks=1, is_mla=False, **changes):
         pytest.importorskip("vllm", reason="its version is part of the layout: make setup-vllm")
         patience = {"lmcache.mp.mq_timeout": 30.0, "lmcache.mp.lookup_timeout": 30.0}  # the most that can be asked for
         extra = {"lmcache.mp.port": server.port, **patience, **changes.pop("extra", {})}
-        config = make_vllm_config(model_dir, extra=extra, **changes)
-        monkeypatch.setattr(adapters, "current_vllm_config", lambda: config)
         common = {
             "server_url": f"tcp://localhost:{server.port}",
             "context": None,
             "model_name": str(model_dir),
             "vllm_block_size": BLOCK_SIZE,
-            "parallel_strategy": ParallelStrategy(False, 1, 0, 1, 0, 1, 1),
+            "parallel_strategy": ParallelStrategy(is_mla, num_ranks, 0, num_ranks, 0, num_ranks, 1),
             "mq_timeout": 300.0,
             "heartbeat_interval": 10.0,
         }
-        self.kv = {name: torch.zeros(NUM_BLOCKS, BLOCK_ELEMENTS, dtype=torch.bfloat16) for name in LAYERS}
-        self.worker = LMCacheMPWorkerAdapter(**common)
-        self.worker.register_kv_caches(self.kv)
+        self.kvs, self.workers = [], []
+        for rank in range(num_ranks):
+            config = make_vllm_config(model_dir, rank, num_ranks, extra=extra, use_mla=is_mla, **changes)
+            monkeypatch.setattr(adapters, "current_vllm_config", lambda config=config: config)
+            self.kvs.append({name: torch.zeros(NUM_BLOCKS, BLOCK_ELEMENTS, dtype=torch.bfloat16) for name in LAYERS})
+            self.workers.append(LMCacheMPWorkerAdapter(**common))
+            self.workers[rank].register_kv_caches(self.kvs[rank])
+        self.kv, self.worker = self.kvs[0], self.workers[0]
         self.scheduler = LMCacheMPSchedulerAdapter(**common)
 
     def __enter__(self):
@@ -106,17 +116,18 @@ class Engine:
 
     def __exit__(self, *_):
         self.scheduler._half.close()
-        self.worker.shutdown()
+        for worker in self.workers:
+            worker.shutdown()
 
     def wait_for_workers(self):
         wait_until(lambda: self.scheduler._hellos, "the workers are known", 60)
 
-    def fill(self, block_ids):
-        for kv in self.kv.values():
+    def fill(self, block_ids, rank=0):
+        for kv in self.kvs[rank].values():
             kv[block_ids] = torch.rand(len(block_ids), BLOCK_ELEMENTS).to(torch.bfloat16)
 
-    def blocks(self, block_ids):
-        return [kv[block_ids].clone() for kv in self.kv.values()]
+    def blocks(self, block_ids, rank=0):
+        return [kv[block_ids].clone() for kv in self.kvs[rank].values()]
 
     def lookup(self, request_id, tokens, salt=""):
         """Ask until it is known, as vLLM does, a step at a time."""
@@ -129,7 +140,8 @@ class Engine:
 
     def store(self, request_id, tokens, block_ids, start=0, salt=""):
         op = LoadStoreOp(token_ids=tokens, block_ids=block_ids, start=start, end=start + len(block_ids) * BLOCK_SIZE)
-        self.worker.batched_submit_store_requests([request_id], [op], None, cache_salts=[salt])
+        for worker in self.workers:
+            worker.batched_submit_store_requests([request_id], [op], None, cache_salts=[salt])
 
     def load(self, request_id, tokens, block_ids, start=0, salt="", skip=0):
         op = LoadStoreOp(
@@ -139,7 +151,8 @@ class Engine:
             end=start + len(block_ids) * BLOCK_SIZE,
             skip_first_n_tokens=skip,
         )
-        self.worker.batched_submit_retrieve_requests([request_id], [op], None, cache_salts=[salt])
+        for worker in self.workers:
+            worker.batched_submit_retrieve_requests([request_id], [op], None, cache_salts=[salt])
 
 
 @pytest.fixture
@@ -293,6 +306,35 @@ def test_what_the_calls_do_not_identify_keeps_the_cache_off(server, monkeypatch,
         engine.load("b", prompt_of(9, 17), [0, 1, 2, 3])
         assert engine.worker.get_block_ids_with_load_errors() == {0, 1, 2, 3}
         engine.scheduler.end_session("b")
+
+
+@pytest.mark.parametrize(("is_mla", "num_shards"), [(False, 2), (True, 1)])
+def test_each_of_two_ranks_loads_its_shard_and_mla_has_one_for_both(server, monkeypatch, tmp_path, is_mla, num_shards):
+    tokens, longer = prompt_of(11, 17), [*prompt_of(11, 17), *prompt_of(12, 16)]
+    with Engine(server, monkeypatch, tmp_path, num_ranks=2, is_mla=is_mla) as engine:
+        engine.wait_for_workers()
+        (model,) = [m for m in server.status()["models"] if m["namespace"]["model"] == str(tmp_path)]
+        assert (model["ranks"], model["world_size"], model["namespace"]["world_size"]) == ([0, 1], 2, num_shards)
+        before = server.status()["counters"]
+        engine.fill([0, 1, 2, 3])
+        engine.fill([0, 1, 2, 3], rank=1)
+        engine.store("a", tokens, [0, 1, 2, 3])
+        assert engine.lookup("b", tokens) == 16
+        engine.load("b", tokens, [10, 11, 12, 13])
+        for rank, worker in enumerate(engine.workers):
+            assert worker.get_block_ids_with_load_errors() == set()
+            stored = engine.blocks([0, 1, 2, 3], rank=0 if is_mla else rank)
+            assert all(map(torch.equal, engine.blocks([10, 11, 12, 13], rank), stored))
+        after = server.status()["counters"]
+        grown = {name: after[name] - before[name] for name in ("stored_chunks", "retrieved_chunks", "retrieved_tokens")}
+        assert grown == {"stored_chunks": 2 * num_shards, "retrieved_chunks": 4, "retrieved_tokens": 16}
+        # Whether the load was good on all ranks is nothing that a rank hears.
+        engine.store("b", longer, [20, 21, 22, 23], start=16)
+        assert engine.lookup("c", longer) == 16
+        engine.store("d", longer, list(range(20, 28)))
+        assert engine.lookup("e", longer) == 32
+        for request_id in "abcde":
+            engine.scheduler.end_session(request_id)
 
 
 def test_an_unknown_setting_stops_the_engine_at_start(server, monkeypatch, tmp_path):

@@ -173,32 +173,48 @@ def turns(seconds=120.0):
         assert time.monotonic() < deadline, f"not within {seconds:g} s"
 
 
-class Setup:
-    """An engine with both halves attached to an emptied server."""
+# Which shard of the KV each rank has.
+ONE_RANK = (0,)
+TWO_SHARDS = (0, 1)
+MLA = (0, 0)
 
-    def __init__(self, server, num_blocks=48, faults=None, saves_decode=False, make_copier=CpuCopier, **engine):
+
+class Setup:
+    """An engine with both halves attached to an emptied server. `worker`, `planes` and so on are the first rank's."""
+
+    def __init__(
+        self, server, num_blocks=48, faults=None, saves_decode=False, make_copier=CpuCopier, shards=ONE_RANK, **engine
+    ):
         with KVCacheClient(server.zmq_url) as client:
             client.mq.call(Clear())
-        self.planes = [torch.full((num_blocks, BLOCK_BYTES), 0xEE, dtype=torch.uint8) for _ in range(NUM_LAYERS)]
-        self.scheduler_client = KVCacheClient(server.zmq_url, kind="engine-scheduler")
-        self.worker_client = (
-            FaultyClient(server.zmq_url, *faults) if faults else KVCacheClient(server.zmq_url, kind="engine-worker")
+        self.shards = shards
+        self.namespace = Namespace(
+            model="simulated", layout=LAYOUT.fingerprint, chunk_size=0, world_size=len(set(shards)), revision=str(shards)
         )
-        self.namespace = Namespace(model="simulated", layout=LAYOUT.fingerprint, chunk_size=0)
+        self.scheduler_client = KVCacheClient(server.zmq_url, kind="engine-scheduler")
         self.scheduler = SchedulerHalf(
             self.scheduler_client, saves_decode=saves_decode, lookup_timeout_seconds=PATIENCE_SECONDS
         )
-        self.worker = WorkerHalf(self.worker_client)
-        self.copier = make_copier(LAYOUT, self.planes)
-        self.worker.start(self.copier, self.namespace)
-        self.scheduler.hear([self.worker.hello])
-        self.engine = SimEngine(self.scheduler, self.worker, self.planes, **engine)
+        self.all_planes, self.clients, self.workers = [], [], []
+        for rank in range(len(shards)):
+            planes = [torch.full((num_blocks, BLOCK_BYTES), 0xEE, dtype=torch.uint8) for _ in range(NUM_LAYERS)]
+            client = FaultyClient(server.zmq_url, *faults) if faults else KVCacheClient(server.zmq_url, kind="engine-worker")
+            worker = WorkerHalf(client)
+            worker.start(make_copier(LAYOUT, planes), self.namespace, rank, len(shards))
+            self.all_planes.append(planes)
+            self.clients.append(client)
+            self.workers.append(worker)
+        self.planes, self.worker_client, self.worker = self.all_planes[0], self.clients[0], self.workers[0]
+        self.copier = self.worker._copier
+        self.scheduler.hear([worker.hello for worker in self.workers])
+        self.engine = SimEngine(self.scheduler, self.workers, self.all_planes, shards, **engine)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.worker.close()
+        for worker in self.workers:
+            worker.close()
         self.scheduler.close()
 
     def run(self, *requests):
@@ -209,8 +225,8 @@ class Setup:
                 return
             self.engine.step()
 
-    def span_to_load(self, request_id, tokens, block_ids):
-        """Return the load of these tokens' whole chunks, as the scheduler plans it: looked up, pinned, its places known."""
+    def plan_to_load(self, request_id, tokens, block_ids):
+        """Return a plan to load these tokens' whole chunks, as the scheduler makes it: looked up, pinned, the places known."""
         request = SimRequest(request_id, [*tokens, 0], max_tokens=0)
         self.scheduler.announced(request)
         for _ in turns():
@@ -219,33 +235,43 @@ class Setup:
                 break
             self.scheduler.begin_step()
         self.scheduler.allocated(request_id, block_ids, num_tokens)
-        (span,) = self.scheduler.plan_loads().loads
-        assert len(span.places) == span.num_chunks == len(tokens) // CHUNK_SIZE
-        return span
+        plan = self.scheduler.plan_loads()
+        (span,) = plan.loads
+        assert len(span.places) == span.num_chunks * len(set(self.shards)) == len(tokens) // CHUNK_SIZE * len(set(self.shards))
+        return plan
 
-    def loaded(self, block_ids):
-        """Return what lies in the engine's blocks, layer by layer."""
-        return [[bytes(plane[block].tolist()) for block in block_ids] for plane in self.planes]
+    def loaded(self, block_ids, rank=0):
+        """Return what lies in a rank's blocks, layer by layer."""
+        return [[bytes(plane[block].tolist()) for block in block_ids] for plane in self.all_planes[rank]]
 
     def wait_for_stores(self):
         """Return when nothing is left to store."""
         deadline = time.monotonic() + 60
-        while self.worker._background is not None and self.worker._background._jobs:
+        while any(worker._background is not None and worker._background._jobs for worker in self.workers):
             assert time.monotonic() < deadline
             time.sleep(0.001)
 
     def chunk_namespace(self, cache_salt=""):
         return msgspec.structs.replace(self.namespace, chunk_size=CHUNK_SIZE, cache_salt=cache_salt)
 
-    def stored_chunks(self, tokens, cache_salt=""):
+    def stored_chunks(self, tokens, cache_salt="", shard=0):
         """Return the content of the leading chunks of these tokens that the server has."""
         keys = chunk_keys(self.chunk_namespace(cache_salt), tokens)
-        with KVCacheClient(self.scheduler_client.mq.url) as client, client.pin(keys) as pinned:
+        with KVCacheClient(self.scheduler_client.mq.url) as client, client.pin(keys, rank=shard) as pinned:
             return [bytes(extent) for extent in pinned.extents]
 
+    def check_stored(self, tokens, cache_salt=""):
+        """Check the chunks of these tokens that the server has; return how many there are of all shards."""
+        counts = []
+        for shard in set(self.shards):
+            stored = self.stored_chunks(tokens, cache_salt, shard)
+            assert stored == expected_chunks(tokens, self.shards, shard)[: len(stored)]
+            counts.append(len(stored))
+        return min(counts)
 
-def expected_chunks(tokens):
-    layers, size = expected_kv(tokens), CHUNK_SIZE // BLOCK_SIZE
+
+def expected_chunks(tokens, shards=ONE_RANK, shard=0):
+    layers, size = expected_kv(tokens, shards, shard), CHUNK_SIZE // BLOCK_SIZE
     return [
         b"".join(b"".join(blocks[at : at + size]) for blocks in layers)
         for at in range(0, len(tokens) // CHUNK_SIZE * size, size)
@@ -270,7 +296,7 @@ def make_requests(generator, count):
     return requests
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32),
     num_blocks=st.sampled_from([24, 30, 48]),
@@ -279,33 +305,35 @@ def make_requests(generator, count):
     max_part=st.sampled_from([STEP_TOKENS, 6]),
     fault_rate=st.sampled_from([0.0, 0.0, 0.2, 0.6]),
     later=st.sampled_from([None, None, 0.0, 2e-3]),
+    shards=st.sampled_from([ONE_RANK, TWO_SHARDS, MLA]),
 )
 def test_whatever_fails_no_wrong_byte_is_used_or_stored(
-    server, seed, num_blocks, lag, has_prefix_cache, max_part, fault_rate, later
+    server, seed, num_blocks, lag, has_prefix_cache, max_part, fault_rate, later, shards
 ):
     generator = random.Random(seed)
     faults = (random.Random(seed + 1), fault_rate)
     copier = CpuCopier if later is None else functools.partial(LaterCopier, pause_seconds=later)
-    settings = {"lag": lag, "has_prefix_cache": has_prefix_cache, "max_part": max_part}
+    settings = {"lag": lag, "has_prefix_cache": has_prefix_cache, "max_part": max_part, "shards": shards}
     with Setup(server, num_blocks, faults, make_copier=copier, **settings) as setup:
         requests = make_requests(generator, 12)
-        waiting = list(requests)
+        waiting, aborted = list(requests), []
         for _ in turns():
             if waiting and generator.random() < 0.4:
                 setup.engine.add(waiting.pop())
             if setup.engine.running and generator.random() < 0.1:
                 setup.engine.preempt(generator.choice(setup.engine.running))
+            if setup.engine.running and generator.random() < 0.05:
+                aborted.append(generator.choice(setup.engine.running))
+                setup.engine.abort(aborted[-1])
             setup.engine.step()
             if not waiting and not setup.engine.has_work:
                 break
         assert not setup.engine.has_work
         setup.wait_for_stores()
         for request in requests:
-            expected = expected_chunks(request.prompt_token_ids)
-            stored = setup.stored_chunks(request.prompt_token_ids, request.cache_salt)
-            assert stored == expected[: len(stored)]
-            if not fault_rate and later is None:  # a preempted request's stores are given up
-                assert len(stored) == len(expected)
+            num_stored = setup.check_stored(request.prompt_token_ids, request.cache_salt)
+            if not fault_rate and later is None and not aborted:  # a preempted request's stores are given up
+                assert num_stored == len(request.prompt_token_ids) // CHUNK_SIZE
         wait_until(lambda: not server.status()["sessions"], "all sessions are over")
         status = server.status()
         assert (status["l1"]["pins"], status["l1"]["reserved_bytes"]) == (0, 0)
@@ -321,7 +349,7 @@ def test_chunks_stored_by_one_engine_are_loaded_by_the_next(server):
         first.run(SimRequest("a", prompt, max_tokens=3))
         assert first.stored_chunks(prompt) == expected_chunks(prompt)
         # Another block order in an engine of another size, which checks its KV at the end.
-        second = SimEngine(first.scheduler, first.worker, first.planes)
+        second = SimEngine(first.scheduler, first.workers, first.all_planes)
         second.free.rotate(7)
         second.add(SimRequest("b", prompt, max_tokens=3))
         while second.has_work:
@@ -349,10 +377,10 @@ def test_a_chunk_that_is_gone_costs_exactly_its_own_blocks_and_those_after(serve
         keys = split_keys(span.keys)
         with KVCacheClient(server.zmq_url) as client:
             client.mq.call(Evict(), [keys[4]])
-        setup.worker.load(StepPlan([span]))
+        setup.worker.load(StepPlan([span], number=7))
         assert setup.worker.take_failed_blocks() == set(range(28, 32))
         assert setup.worker.take_failed_blocks() == set()
-        assert setup.worker.take_report() == StepReport(frozenset({"b"}), {0: 1})
+        assert setup.worker.take_report() == StepReport({0: 7}, {0: 1})
         expected = expected_kv(prompt)
         for layer, plane in enumerate(setup.planes):
             loaded = [bytes(plane[block].tolist()) for block in range(20, 28)]
@@ -374,9 +402,10 @@ def test_every_kind_of_failed_load_is_reported_and_stops_stores_until_it_is_hear
         assert len(setup.stored_chunks(prompt)) == 5
 
 
-def test_blocks_of_an_ended_request_are_kept_until_its_stores_have_read_them(server):
+@pytest.mark.parametrize("shards", [ONE_RANK, MLA])
+def test_blocks_of_an_ended_request_are_kept_until_its_stores_have_read_them(server, shards):
     prompt = prompt_of(20, 40)
-    with Setup(server, make_copier=functools.partial(LaterCopier, pause_seconds=0.02)) as setup:
+    with Setup(server, make_copier=functools.partial(LaterCopier, pause_seconds=0.02), shards=shards) as setup:
         setup.engine.add(SimRequest("a", prompt, max_tokens=0))
         was_held = False
         for _ in range(2000):
@@ -387,7 +416,7 @@ def test_blocks_of_an_ended_request_are_kept_until_its_stores_have_read_them(ser
         assert was_held
         assert not setup.engine.held
         assert all(count == 0 for count in setup.engine.users.values())
-        assert setup.stored_chunks(prompt) == expected_chunks(prompt)
+        assert setup.check_stored(prompt) == 5
 
 
 def test_a_preempted_request_gives_up_its_stores_and_stores_them_later(server):
@@ -442,14 +471,14 @@ def test_a_load_whose_places_are_known_asks_the_server_for_nothing_and_is_counte
     prompt, blocks = prompt_of(13, 48), list(range(20, 32))
     with Setup(server) as setup:
         setup.run(SimRequest("a", prompt, max_tokens=0))
-        span = setup.span_to_load("r1", prompt, blocks)
+        plan = setup.plan_to_load("r1", prompt, blocks)
         before = server.status()["counters"]
         monkeypatch.setattr(setup.worker_client, "pin", None)
-        setup.worker.load(StepPlan([span]))
+        setup.worker.load(plan)
         assert setup.worker.take_failed_blocks() == set()
         assert setup.loaded(blocks) == expected_kv(prompt)
         report = setup.worker.take_report()
-        assert report == StepReport(frozenset({"r1"}), {0: 0})
+        assert report == StepReport({0: plan.number}, {0: 0})
         assert server.status()["l1"]["pins"] == 6
         setup.scheduler.hear_report(report, ())
         wait_until(lambda: not server.status()["l1"]["pins"], "the lookup's pins are gone")
@@ -474,12 +503,12 @@ def test_a_load_whose_places_are_known_reports_what_it_did_not_fill_whatever_hap
     prompt, blocks = prompt_of(15, 48), list(range(20, 32))
     with Setup(server, faults=(OneFault(fault), 0.0)) as setup:
         setup.run(SimRequest("a", prompt, max_tokens=0))
-        span = setup.span_to_load("r1", prompt, blocks)
+        plan = setup.plan_to_load("r1", prompt, blocks)
         setup.worker_client.fault_rate = 1.0
-        setup.worker.load(StepPlan([span]))
+        setup.worker.load(plan)
         filled = 6 if fault == "fewer" else 0
         assert setup.worker.take_failed_blocks() == set(blocks[filled:])
-        assert setup.worker.take_report() == StepReport(frozenset({"r1"}), {0: 1})
+        assert setup.worker.take_report() == StepReport({0: plan.number}, {0: 1})
         assert setup.loaded(blocks[:filled]) == [layer[:filled] for layer in expected_kv(prompt)]
         assert bool(setup.worker_client.num_borrowed) == (fault not in ("lost", "fewer"))
         setup.scheduler.finished("r1")
@@ -490,17 +519,17 @@ def test_chunks_whose_pins_are_gone_are_loaded_right_or_not_at_all(server, who):
     prompt, blocks = prompt_of(16, 48), list(range(20, 32))
     with Setup(server) as setup:
         setup.run(SimRequest("a", prompt, max_tokens=0))
-        span = setup.span_to_load("r1", prompt, blocks)
+        plan = setup.plan_to_load("r1", prompt, blocks)
         if who == "the scheduler left":
             setup.scheduler.close()
         else:
             with KVCacheClient(server.zmq_url) as client:
                 client.mq.call(EndSession(request_id="r1"))
-        setup.worker.load(StepPlan([span]))
+        setup.worker.load(plan)
         assert setup.worker.take_failed_blocks() == set()
         assert setup.loaded(blocks) == expected_kv(prompt)
         take_everything(server.zmq_url, [])
-        setup.worker.load(StepPlan([span]))
+        setup.worker.load(plan)
         assert setup.worker.take_failed_blocks() == set(blocks)
 
 
@@ -510,18 +539,18 @@ def test_places_that_a_server_told_before_it_was_restarted_are_right_or_not_used
     flags = ["--chunk-size", str(CHUNK_SIZE), "--pool-name", f"test-halves-{os.getpid()}"]
     with LmcacheServer(flags, leaves_pool=True) as server, Setup(server) as setup:
         setup.run(SimRequest("a", prompt, max_tokens=0))
-        span = setup.span_to_load("r1", prompt, blocks)
+        plan = setup.plan_to_load("r1", prompt, blocks)
         server.kill()
-        setup.worker.load(StepPlan([span]))  # nobody is there, and nobody can have taken the places
+        setup.worker.load(plan)  # nobody is there, and nobody can have taken the places
         assert setup.worker.take_failed_blocks() == set()
         assert setup.loaded(blocks) == expected_kv(prompt)
         server.start()
         take_everything(server.zmq_url, [])
-        setup.worker.load(StepPlan([span]))
+        setup.worker.load(plan)
         assert setup.worker.take_failed_blocks() == set(blocks)
         setup.worker_client.lookup(b"")  # introduces itself to the new server
-        assert setup.worker_client.borrow(span.places, span.boot) is None
-        setup.worker.load(StepPlan([span]))
+        assert setup.worker_client.borrow(plan.loads[0].places, plan.loads[0].boot) is None
+        setup.worker.load(plan)
         assert setup.worker.take_failed_blocks() == set(blocks)
 
 
@@ -535,7 +564,7 @@ def test_each_rank_loads_from_its_own_places(server, monkeypatch):
             client = stack.enter_context(KVCacheClient(server.zmq_url, kind="engine-worker"))
             planes.append([torch.randint(256, (16, BLOCK_BYTES), dtype=torch.uint8) for _ in range(NUM_LAYERS)])
             halves.append(WorkerHalf(client))
-            halves[rank].start(CpuCopier(LAYOUT, planes[rank]), namespace, rank)
+            halves[rank].start(CpuCopier(LAYOUT, planes[rank]), namespace, rank, 2)
             halves[rank].store(StepPlan(stores=[StoreSpan("a", keys, list(range(8)), 2)]))
             monkeypatch.setattr(client, "pin", None)
         scheduler = SchedulerHalf(stack.enter_context(KVCacheClient(server.zmq_url)), lookup_timeout_seconds=PATIENCE_SECONDS)
@@ -555,6 +584,90 @@ def test_each_rank_loads_from_its_own_places(server, monkeypatch):
             assert all(torch.equal(plane[8:16], plane[:8]) for plane in own)
         assert not torch.equal(planes[0][0], planes[1][0])
         scheduler.finished("b")
+
+
+COPIERS = [CpuCopier, functools.partial(LaterCopier, pause_seconds=0.0)]
+
+
+@pytest.mark.parametrize("make_copier", COPIERS, ids=["within the step", "later"])
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("shards", [TWO_SHARDS, MLA])
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_what_is_computed_after_a_load_failed_on_another_rank_is_not_stored(server, shards, lag, make_copier, max_tokens):
+    """Ranks compute together: on the rank whose load was right, too, what follows is worthless until it is computed again."""
+    stem, faults = prompt_of(40, 32), (OneFault("lost"), 0.0)
+    prompt = [*stem, *prompt_of(41, 18)]
+    with Setup(server, faults=faults, shards=shards, lag=lag, make_copier=make_copier) as setup:
+        setup.run(SimRequest("a", stem, max_tokens=0))
+        setup.wait_for_stores()
+        assert setup.check_stored(stem) == 4
+        setup.clients[1].fault_rate = 1.0
+        setup.run(SimRequest("b", prompt, max_tokens=max_tokens))
+        setup.wait_for_stores()
+        assert setup.engine.num_failed_loads == 1
+        assert setup.check_stored(prompt) == 6  # computed again, and then stored
+
+
+@pytest.mark.parametrize("make_copier", COPIERS, ids=["within the step", "later"])
+@pytest.mark.parametrize(("shards", "num_copies"), [(TWO_SHARDS, 2), (MLA, 1)])
+def test_ranks_that_hold_the_same_store_it_once_and_all_load_it(server, shards, num_copies, make_copier):
+    prompt = prompt_of(42, 48)
+    with Setup(server, shards=shards, make_copier=make_copier) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        setup.wait_for_stores()
+        l1 = server.status()["l1"]
+        assert (l1["chunks"], l1["reserved_bytes"]) == (6 * num_copies, 0)
+        plan = setup.plan_to_load("b", prompt, list(range(20, 32)))
+        for rank, worker in enumerate(setup.workers):
+            worker.load(plan)
+            assert worker.take_failed_blocks() == set()
+            assert setup.loaded(range(20, 32), rank) == expected_kv(prompt, shards, shards[rank])
+        setup.scheduler.finished("b")
+
+
+def test_the_pins_of_a_load_go_when_the_last_rank_has_told_that_it_is_over(server):
+    prompt = prompt_of(43, 48)
+    with Setup(server, shards=MLA) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        plan = setup.plan_to_load("b", prompt, list(range(20, 32)))
+        for worker, num_pins in zip(setup.workers, (6, 0), strict=True):
+            worker.load(plan)
+            setup.scheduler.hear_report(worker.take_report(), ())
+            setup.scheduler_client.lookup(b"")  # after what was posted
+            assert server.status()["l1"]["pins"] == num_pins
+        setup.scheduler.finished("b")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("shards", [TWO_SHARDS, MLA])
+def test_what_an_ended_request_had_to_wait_with_is_stored_if_the_loads_were_good(server, shards, fails):
+    """Its client leaves in the moment after the step of the load; vLLM keeps the blocks."""
+    stem = prompt_of(44, 32)
+    prompt = [*stem, *prompt_of(45, 18)]
+    with Setup(server, faults=(OneFault("lost"), 0.0), shards=shards, lag=1) as setup:
+        setup.run(SimRequest("a", stem, max_tokens=0))
+        setup.clients[1].fault_rate = float(fails)
+        request = SimRequest("b", prompt, max_tokens=9)
+        setup.engine.add(request)
+        while not request.num_computed:
+            setup.engine.step()
+        setup.engine.abort(request)
+        assert "b" in setup.engine.held
+        setup.run()
+        assert not setup.engine.held
+        assert setup.check_stored(prompt) == (4 if fails else 5)
+        setup.clients[1].fault_rate = 0.0
+        setup.run(SimRequest("c", prompt, max_tokens=9))
+        assert setup.check_stored(prompt) == 6
+
+
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 0], [0, 1, 1], [0, 1, 2]])
+def test_an_engine_of_which_not_each_rank_has_answered_once_is_refused(server, ranks, caplog):
+    with Setup(server) as setup:
+        setup.scheduler.hear([WorkerHello(setup.namespace, LAYOUT, rank=rank, num_ranks=2) for rank in ranks])
+        assert f"of the engine's 2 ranks, {', '.join(map(str, ranks))} answered" in caplog.text
+        setup.run(SimRequest("a", prompt_of(46, 30), max_tokens=0))
+        assert setup.stored_chunks(prompt_of(46, 30)) == []
 
 
 def test_what_is_computed_over_a_block_that_is_not_computed_again_yet_is_not_stored(server):

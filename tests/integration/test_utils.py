@@ -15,7 +15,7 @@ from lmcache.integration.vllm.utils import (
     software,
     weights_digest,
 )
-from lmcache.integration.vllm.worker import read_layout
+from lmcache.integration.vllm.worker import is_replicated, read_layout
 from lmcache.keys import Namespace, chunk_keys
 from lmcache.layout import KVLayout
 
@@ -97,7 +97,7 @@ def test_requests_of_another_adapter_medium_or_tenant_never_share_a_key(one, oth
     assert (keys[0] == keys[1]) is same
 
 
-def make_vllm_config(folder, **changes):
+def make_vllm_config(folder, num_ranks=1, **changes):
     model = {
         "model": str(folder),
         "revision": None,
@@ -106,7 +106,7 @@ def make_vllm_config(folder, **changes):
         "hf_config": SimpleNamespace(to_dict=lambda: {"rope_theta": changes.pop("rope", 1)}),
         **changes,
     }
-    return SimpleNamespace(model_config=SimpleNamespace(**model), parallel_config=SimpleNamespace(world_size=1))
+    return SimpleNamespace(model_config=SimpleNamespace(**model), parallel_config=SimpleNamespace(world_size=num_ranks))
 
 
 def test_another_checkpoint_in_the_same_folder_is_another_model(tmp_path):
@@ -120,6 +120,24 @@ def test_another_checkpoint_in_the_same_folder_is_another_model(tmp_path):
         assert changed.revision != first.revision
     weights.write_bytes(bytes((1 << 18) - 1) + b"\1")
     assert engine_namespace(make_vllm_config(tmp_path), layout).revision != first.revision
+
+
+def test_kv_that_all_ranks_hold_is_one_shard_and_shared_only_by_as_many_ranks(tmp_path):
+    layout = KVLayout(num_layers=1, num_planes=1, block_bytes=1, block_size=1, dtype="u8")
+    split = [engine_namespace(make_vllm_config(tmp_path, ranks), layout) for ranks in (1, 2)]
+    same = [engine_namespace(make_vllm_config(tmp_path, ranks), layout, is_replicated=True) for ranks in (1, 2, 4)]
+    assert [namespace.world_size for namespace in (*split, *same)] == [1, 2, 1, 1, 1]
+    assert same[0] == split[0]
+    assert len({namespace.revision for namespace in same}) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "use_mla", "expected"),
+    [("MLAAttentionSpec", True, True), ("FullAttentionSpec", True, False), ("MLAAttentionSpec", False, False)],
+)
+def test_ranks_hold_the_same_only_where_both_the_model_and_its_kv_say_so(kind, use_mla, expected):
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(use_mla=use_mla))
+    assert is_replicated(vllm_config, SimpleNamespace(kv_cache_groups=[make_group(kind)])) is expected
 
 
 def test_the_digest_of_weights_follows_names_lengths_and_both_ends(tmp_path):

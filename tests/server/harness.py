@@ -82,17 +82,13 @@ class FakeClient:
         assert reply.outcomes == [0] * len(numbers)
         return reply.placements
 
-    def register(self, model: str = "m", rank: int = 0, world_size: int = 1, backend: str = "") -> Any:
+    def register(
+        self, model: str = "m", rank: int = 0, world_size: int = 1, num_shards: int | None = None, backend: str = ""
+    ) -> Any:
         """Say what this engine's KV looks like."""
+        shards = namespace(model, world_size if num_shards is None else num_shards)
         return self.service.call(
-            RegisterKVCache(
-                client=self.id,
-                namespace=namespace(model, world_size),
-                layout=LAYOUT,
-                rank=rank,
-                world_size=world_size,
-                backend=backend,
-            )
+            RegisterKVCache(client=self.id, namespace=shards, layout=LAYOUT, rank=rank, world_size=world_size, backend=backend)
         )
 
     def die(self) -> None:

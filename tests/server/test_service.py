@@ -161,11 +161,26 @@ def test_all_ranks_of_an_engine_count_for_what_a_token_weighs(service):
     assert (model["ranks"], model["bytes_per_token"]) == ([0, 1], PAGE_BYTES // 8)
 
 
+def test_ranks_that_hold_the_same_kv_weigh_once_and_their_tokens_count_once(service):
+    ranks = [service.client() for _ in range(2)]
+    for rank, client in enumerate(ranks):
+        reply = client.register(rank=rank, world_size=2, num_shards=1)
+        assert as_builtins(reply) == {"bytes_per_token": PAGE_BYTES // 16, "l1_tokens": 32 * 16}
+    [model] = service.status()["models"]
+    assert (model["ranks"], model["world_size"], model["bytes_per_token"]) == ([0, 1], 2, PAGE_BYTES // 16)
+    ranks[0].store(1, 2)
+    for client in ranks:
+        assert len(service.call(Retrieve(client=client.id, request_id="r"), [keys(1, 2)]).placements) == 2
+        service.call(Report(client=client.id, loaded_chunks=1))
+    counted = [service.value(f"retrieved_{what}") for what in ("chunks", "tokens")]
+    assert counted == [6, 3 * CHUNK_SIZE]
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
         ({"layout": msgspec.structs.replace(LAYOUT, num_layers=3)}, "layout_mismatch"),
-        ({"world_size": 2}, "layout_mismatch"),
+        ({"world_size": 3, "namespace": namespace(world_size=2)}, "layout_mismatch"),
         ({"rank": 1}, "bad_field"),
         ({"namespace": msgspec.structs.replace(namespace(), chunk_size=32)}, "chunk_size"),
     ],

@@ -41,6 +41,7 @@ class PlanMetadata(KVConnectorMetadata):
 
     def __init__(self, plan: StepPlan) -> None:
         self.plan = plan
+        self.is_stored = False
 
 
 class ReportMetadata(KVConnectorWorkerMetadata):
@@ -168,11 +169,14 @@ class LMCacheMPConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         """Store the chunks that this step completes: done on return, or later, by a thread of our own."""
-        if self._worker is not None and self._connector_metadata is not None:
-            self._worker.store(self._connector_metadata.plan)
+        meta = self._connector_metadata
+        if self._worker is not None and meta is not None and not meta.is_stored:
+            meta.is_stored = True
+            self._worker.store(meta.plan)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Return the ended requests whose blocks have been read, each once, of those that `request_finished` kept."""
+        self.wait_for_save()  # vLLM 0.25 leaves it out in a step that computes nothing
         return (self._worker.take_released() if self._worker is not None else None) or None, None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -238,7 +242,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Forget the request; True when vLLM must keep its blocks, which are being stored, until `get_finished` names it."""
         scheduler = self._scheduler_half()
-        holds_blocks = scheduler.hold_blocks(request.request_id)
+        holds_blocks = scheduler.hold_blocks(request.request_id, block_ids)
         with _as_a_miss(scheduler):
             scheduler.finished(request.request_id)
         return holds_blocks, None

@@ -56,7 +56,7 @@ class TrackedRequest:
     at `places`, valid in the server life `hit_boot`. Chunks before `stored_chunks` need not be offered for storing;
     the last plan that stores any has the number `last_store`. While
     some blocks are distrusted, `own_from` is the token from which on the request has computed all KV
-    itself, and from trusted blocks.
+    itself, and from trusted blocks. The KV of its tokens up to `computed` rests on no load of a plan after `rests_on`.
     """
 
     request_id: str
@@ -76,6 +76,8 @@ class TrackedRequest:
     stored_chunks: int = 0
     last_store: int = 0
     own_from: int = UNKNOWN
+    computed: int = 0
+    rests_on: int = 0
 
     @property
     def block_size(self) -> int:
@@ -127,6 +129,13 @@ class SchedulerHalf:
         self._linger_seconds = LINGER_SECONDS
         self._known_load_failures: dict[int, int] = {}
         self._num_plans = 0
+        self._num_ranks = 1
+        # The requests that each plan loads for, until all ranks have loaded it; up to which plan each rank has; the last one.
+        self._loading: dict[int, list[str]] = {}
+        self._loaded_up_to: dict[int, int] = {}
+        self._last_load_plan = 0
+        # Ended requests whose stores still wait for the ranks to have loaded what they rest on.
+        self._ended: dict[str, TrackedRequest] = {}
         # Where workers store later: the plan up to which each rank has, and the requests whose blocks vLLM keeps for that.
         self._stored_up_to: dict[int, int] | None = None
         self._held: set[str] = set()
@@ -142,6 +151,8 @@ class SchedulerHalf:
             self._namespace = self._layout = None
             return
         self._namespace, self._layout = hellos[0].namespace, hellos[0].layout
+        self._num_ranks = len(hellos)
+        self._loaded_up_to = dict.fromkeys(range(len(hellos)), 0)
         self._stored_up_to = dict.fromkeys(range(len(hellos)), 0) if any(hello.stores_later for hello in hellos) else None
         self._client.mq.connect()
 
@@ -262,14 +273,14 @@ class SchedulerHalf:
         chunk_size, block_size = tracked.namespace.chunk_size, tracked.block_size
         start, end = tracked.matched_from, tracked.matched_from + num_tokens
         first_chunk, end_chunk = start // chunk_size, -(-end // chunk_size)
-        num_ranks = tracked.namespace.world_size
+        num_shards = tracked.namespace.world_size
         return ChunkSpan(
             tracked.request_id,
             tracked.key_span(first_chunk, end_chunk),
             tracked.block_ids[start // block_size : -(-end // block_size)],
             tracked.blocks_per_chunk,
             skip_blocks=(start - first_chunk * chunk_size) // block_size,
-            places=tracked.places[first_chunk * num_ranks : end_chunk * num_ranks],
+            places=tracked.places[first_chunk * num_shards : end_chunk * num_shards],
             boot=tracked.hit_boot,
         )
 
@@ -284,6 +295,9 @@ class SchedulerHalf:
         for load in loads:
             self._tainted.difference_update(load.block_ids)
         self._num_plans += 1
+        if loads:
+            self._last_load_plan = self._num_plans
+            self._loading[self._num_plans] = [load.request_id for load in loads]
         held, self._held = frozenset(self._held), set()
         failures = dict(self._known_load_failures)
         return StepPlan(loads, known_load_failures=failures, held=held, number=self._num_plans)
@@ -298,15 +312,38 @@ class SchedulerHalf:
                 continue
             if is_all:
                 tracked.block_ids.clear()
+                # Admitted now: what it has not computed itself, this plan or one before has loaded, for it or for another.
+                tracked.rests_on = self._last_load_plan if computed else 0
             tracked.block_ids += block_ids
-            end = computed + scheduled[request_id]
+            tracked.computed = computed + scheduled[request_id]
             if self._tainted:
-                self._follow_taint(tracked, computed, end)
-            store = self._span_to_store(tracked, end)
-            if store is not None:
-                tracked.stored_chunks += store.num_chunks
-                tracked.last_store = plan.number
-                plan.stores.append(store)
+                self._follow_taint(tracked, computed, tracked.computed)
+            self._plan_store(plan, tracked)
+        self._plan_stores_of_ended(plan)
+
+    def _plan_store(self, plan: StepPlan, tracked: TrackedRequest) -> None:
+        store = self._span_to_store(tracked) if self._is_proven(tracked) else None
+        if store is not None:
+            tracked.stored_chunks += store.num_chunks
+            tracked.last_store = plan.number
+            plan.stores.append(store)
+
+    def _is_proven(self, tracked: TrackedRequest) -> bool:
+        """Tell whether the scheduler has heard, from each rank, of all loads that the request's KV rests on.
+
+        Ranks compute together: where a load has failed on one, all of them compute what is worthless, and only that one knows.
+        The only rank of an engine sees to it itself, and need not wait.
+        """
+        return self._num_ranks == 1 or tracked.rests_on <= self._all_loaded_up_to()
+
+    def _all_loaded_up_to(self) -> int:
+        return min(self._loaded_up_to.values())
+
+    def _plan_stores_of_ended(self, plan: StepPlan) -> None:
+        """Add what ended requests had to wait with; the workers let go of their blocks when that is stored."""
+        for request_id in [id_ for id_, ended in self._ended.items() if self._is_proven(ended)]:
+            self._plan_store(plan, self._ended.pop(request_id))
+            plan.held |= {request_id}
 
     def _follow_taint(self, tracked: TrackedRequest, start: int, end: int) -> None:
         """What a request computes, now tokens [start, end), is as good as all before it."""
@@ -318,8 +355,8 @@ class SchedulerHalf:
             self._tainted.update(tracked.block_ids[first:])
             tracked.own_from = UNKNOWN
 
-    def _span_to_store(self, tracked: TrackedRequest, end: int) -> StoreSpan | None:
-        """Return the chunks not yet offered that are complete once `end` is reached.
+    def _span_to_store(self, tracked: TrackedRequest) -> StoreSpan | None:
+        """Return the chunks not yet offered that are complete once the request has computed what it is to compute now.
 
         Those that hold generated tokens are left out unless they were asked for: they are hardly ever
         needed again, and would push out those that are.
@@ -327,7 +364,7 @@ class SchedulerHalf:
         first = tracked.stored_chunks
         # Beyond the tokens known so far are those that a step in flight is about to choose, or drafts.
         num_tokens = len(tracked.tokens) if self._saves_decode else tracked.num_prompt_tokens
-        last = min(end, num_tokens) // tracked.namespace.chunk_size
+        last = min(tracked.computed, num_tokens) // tracked.namespace.chunk_size
         num_blocks = last * tracked.blocks_per_chunk
         blocks = tracked.block_ids[:num_blocks]
         if not self._can_store or last <= first or len(blocks) < num_blocks or not self._tainted.isdisjoint(blocks):
@@ -353,8 +390,10 @@ class SchedulerHalf:
             self._distrust(set(invalid_block_ids))
         if self._stored_up_to is not None:
             self._stored_up_to.update(report.stored_up_to)
-        for request_id in report.ended_loads:
-            self.free_pins(request_id)
+        self._loaded_up_to.update(report.loaded_up_to)
+        for number in [number for number in self._loading if number <= self._all_loaded_up_to()]:
+            for request_id in self._loading.pop(number):
+                self.free_pins(request_id)
 
     def _distrust(self, invalid: set[int]) -> None:
         """Mark the invalid blocks and all that may have been computed from them.
@@ -366,17 +405,23 @@ class SchedulerHalf:
         grew = True
         while grew:
             before = len(self._tainted)
-            for tracked in self._tracked.values():
+            for tracked in (*self._tracked.values(), *self._ended.values()):
                 at = [i for i, block in enumerate(tracked.block_ids) if block in self._tainted]
                 self._tainted.update(tracked.block_ids[at[0] :] if at else ())
             grew = len(self._tainted) > before
         for tracked in self._tracked.values():
             tracked.stored_chunks, tracked.own_from = 0, UNKNOWN
 
-    def hold_blocks(self, request_id: str) -> bool:
+    def hold_blocks(self, request_id: str, block_ids: Sequence[int]) -> bool:
         """Tell whether vLLM must keep the blocks of a request that ends; the workers then report when they have read them."""
         tracked = self._tracked.get(request_id)
-        if tracked is None or self._stored_up_to is None or tracked.last_store <= min(self._stored_up_to.values()):
+        if tracked is None:
+            return False
+        if not self._is_proven(tracked) and block_ids:
+            tracked.block_ids = list(block_ids)
+            self._ended[request_id] = tracked
+            return True
+        if self._stored_up_to is None or tracked.last_store <= min(self._stored_up_to.values()):
             return False
         self._held.add(request_id)
         return True
@@ -422,8 +467,9 @@ def _reason_against(hellos: Sequence[WorkerHello]) -> str:
     namespaces = {hello.namespace for hello in hellos}
     if len(namespaces) != 1:
         return f"{len(hellos)} workers described {len(namespaces)} different KV caches"
-    if [namespace.world_size for namespace in namespaces if namespace] != [len(hellos)]:
-        return f"{len(hellos)} workers answered, which is not the engine's world size"
+    ranks, num_ranks = sorted(hello.rank for hello in hellos), hellos[0].num_ranks
+    if ranks != list(range(num_ranks)):
+        return f"of the engine's {num_ranks} ranks, {', '.join(map(str, ranks))} answered"
     return ""
 
 

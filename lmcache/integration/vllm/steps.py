@@ -19,8 +19,8 @@ class ChunkSpan:
 
     `block_ids` starts with block `skip_blocks` of the first chunk and may end inside the last one.
 
-    `places` says where chunks to load lie in the pool of the server life `boot`: chunk by chunk, in each chunk rank by rank;
-    or it is empty. The scheduler's lookup keeps them pinned until it hears that the load is over.
+    `places` says where chunks to load lie in the pool of the server life `boot`: chunk by chunk, in each chunk shard by shard
+    (`WorkerHello.shard`); or it is empty. The scheduler's lookup keeps them pinned until it hears that the load is over.
     """
 
     request_id: str
@@ -36,10 +36,10 @@ class ChunkSpan:
         """How many chunks there are."""
         return len(self.keys) // KEY_BYTES
 
-    def places_of(self, rank: int) -> list[Placement]:
-        """Return the place of each chunk of one rank; [] where they are not known."""
-        num_ranks = len(self.places) // max(1, self.num_chunks)
-        return self.places[rank::num_ranks] if rank < num_ranks else []
+    def places_of(self, shard: int) -> list[Placement]:
+        """Return the place of each chunk of one shard; [] where they are not known."""
+        num_shards = len(self.places) // max(1, self.num_chunks)
+        return self.places[shard::num_shards] if shard < num_shards else []
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,20 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepReport:
-    """The requests whose loads are over, and how many loads have failed on each rank since the start.
+    """How far each rank is, by the numbers of plans, and how many of its loads have failed since the start.
 
-    `stored_up_to`: for each rank the number of the last plan of which, and of all before it, nothing is left to store.
+    `loaded_up_to`: the last plan with loads of which, and of all before it, nothing is left to load. `stored_up_to`: the last
+    plan of which, and of all before it, nothing is left to store.
     """
 
-    ended_loads: frozenset[str] = frozenset()
+    loaded_up_to: dict[int, int] = field(default_factory=dict)
     load_failures: dict[int, int] = field(default_factory=dict)
     stored_up_to: dict[int, int] = field(default_factory=dict)
 
     def merge(self, other: StepReport) -> StepReport:
         """Return both workers' reports as one."""
         return StepReport(
-            self.ended_loads | other.ended_loads,
+            {**self.loaded_up_to, **other.loaded_up_to},
             {**self.load_failures, **other.load_failures},
             {**self.stored_up_to, **other.stored_up_to},
         )
@@ -95,6 +96,8 @@ class StepReport:
 class WorkerHello:
     """The worker's namespace (its chunk size is 0: that is the server's) and layout, or why not.
 
+    An engine of `num_ranks` ranks keeps `namespace.world_size` different shards of KV, one a rank. With MLA there is one, and
+    all ranks have it: then the first rank stores it, and all load it.
     `stores_later`: whether a plan's stores may go on after its step.
     """
 
@@ -102,3 +105,15 @@ class WorkerHello:
     layout: KVLayout | None = None
     refusal: str = ""
     stores_later: bool = False
+    rank: int = 0
+    num_ranks: int = 1
+
+    @property
+    def shard(self) -> int:
+        """Which shard of the KV the rank has: what the server calls a rank in keys, places and stores."""
+        return self.rank % self.namespace.world_size if self.namespace is not None else 0
+
+    @property
+    def is_storing(self) -> bool:
+        """Whether it is this rank that stores its shard."""
+        return self.rank == self.shard

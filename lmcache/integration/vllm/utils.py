@@ -143,24 +143,29 @@ def mla_enabled(model_config: Any) -> bool:
     return bool(getattr(model_config, "use_mla", False))
 
 
-def engine_namespace(vllm_config: Any, layout: KVLayout) -> Namespace:
-    """Return what all requests of this engine have in common; the chunk size is still open (0)."""
-    model = vllm_config.model_config
+def engine_namespace(vllm_config: Any, layout: KVLayout, is_replicated: bool = False) -> Namespace:
+    """Return what all requests of this engine have in common; the chunk size is still open (0).
+
+    Args:
+        is_replicated: all ranks hold the same KV.
+    """
+    model, num_ranks = vllm_config.model_config, vllm_config.parallel_config.world_size
     return Namespace(
         model=str(model.model),
-        revision=_model_revision(model),
+        revision=_model_revision(model, num_ranks if is_replicated else 1),
         dtype=layout.dtype,
         layout=layout.fingerprint,
         chunk_size=0,
-        world_size=vllm_config.parallel_config.world_size,
+        world_size=1 if is_replicated else num_ranks,
     )
 
 
-def _model_revision(model: Any) -> str:
+def _model_revision(model: Any, num_copies: int) -> str:
     """Return the model's revision and a digest of all else that decides what its KV holds.
 
     A folder has no revision, so a sample of its weights stands for it: a checkpoint that was
-    overwritten in place must not find the old one's KV.
+    overwritten in place must not find the old one's KV. How many ranks compute the same KV decides in which order they add up,
+    and so the last bits of it.
     """
     config = model.hf_config
     commit = getattr(config, "_commit_hash", None) or model.revision or ""
@@ -171,6 +176,8 @@ def _model_revision(model: Any) -> str:
         "quantization": str(model.quantization),
         "weights": weights_digest(folder) if folder.is_dir() else "",
     }
+    if num_copies > 1:
+        parts["copies"] = str(num_copies)
     text = json.dumps(parts, sort_keys=True, default=_described)
     return f"{commit}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

@@ -8,7 +8,8 @@ Its calls say less than vLLM's own to a connector, so more is refused here:
 
 - A request is its tokens and its salt, without LoRA adapter or media. An engine that could have either is refused.
 - The scheduler's adapter does not hear from the worker, nor see the KV. It asks the server what the worker registered.
-- A hit counts as computed for the class, also when its load has failed. Of such a request nothing more is stored.
+- A hit counts as computed for the class, also when its load has failed. Of such a request nothing more is stored. That a load
+  has failed on another rank nobody tells: an engine of several ranks stores nothing more of any request that has loaded.
 - vLLM frees a request that was aborted within the step of its load when the load is reported, and once more when its end
   is, and dies of the second. That report is left out for a request that ends right after its load.
 
@@ -142,9 +143,15 @@ class LMCacheMPSchedulerAdapter:
     def _find_workers(self, client: KVCacheClient) -> None:
         """Heartbeat thread: ask until the workers of this engine are known."""
         if not self._hellos:
-            found = client.find_workers(self._process)
-            if found and len(found) == found[0].world_size:
-                self._hellos = [WorkerHello(msgspec.structs.replace(r.namespace, chunk_size=0), r.layout) for r in found]
+            self._hellos = [
+                WorkerHello(
+                    msgspec.structs.replace(found.namespace, chunk_size=0),
+                    found.layout,
+                    rank=found.rank,
+                    num_ranks=found.world_size,
+                )
+                for found in client.find_workers(self._process)
+            ]
 
     def maybe_submit_lookup_request(self, request_id: str, token_ids: list[int], cache_salt: str = "") -> None:
         """Start to look up what is cached of the tokens, once a request."""
@@ -234,8 +241,9 @@ class LMCacheMPWorkerAdapter:
         except LMCacheError as exc:
             raise ValueError(f"{exc}; hint: {exc.hint}") from exc
         self.use_mla = parallel_strategy.use_mla
-        # Each rank keeps its own copy, also where all are equal: every rank stores.
+        # Every rank gets what is to be stored; which of them does is decided where it is for our own class.
         self.is_first_rank_of_pp_group = True
+        self._num_ranks = parallel_strategy.actual_world_size
         self._saves_decode = config.saves_decode
         self._client = KVCacheClient(
             config.url,
@@ -272,9 +280,9 @@ class LMCacheMPWorkerAdapter:
         """Load; done on return. Blocks that could not be filled are reported with the step's errors."""
         for request_id, op, salt in _zip(request_ids, ops, cache_salts):
             stream = self._stream(request_id, op, salt)
-            if not self._half.load_span(stream.span_to_load(op)):
+            if not self._half.load_span(stream.span_to_load(op)) or self._num_ranks > 1:
                 stream.can_store = False
-            self._half.take_report()  # the class's scheduler has no use for it
+            self._client.post_report()
             self._loaded[-1].add(request_id)
 
     def batched_submit_store_requests(
@@ -331,7 +339,7 @@ class _TokenStream:
         self, request_id: str, hello: WorkerHello, chunk_size: int, salt: str, num_prompt_tokens: int, can_store: bool
     ) -> None:
         self.chunk_size = chunk_size
-        # Nothing more is stored after a load has failed: the class counts its blocks as computed.
+        # Nothing more is stored after a load has failed, or may have: the class counts its blocks as computed.
         self.can_store = can_store
         self._request_id = request_id
         # As long as at the first operation. That comes before the first generated token, unless the prompt is shorter

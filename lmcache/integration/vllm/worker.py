@@ -7,7 +7,8 @@ For KV in host memory all of it is synchronous: a load is done before the forwar
 that computed it, and vLLM reuses no block meanwhile. On a GPU a load is handed to the device before the forward pass, which
 waits for it there, and looked at after the pass was launched; a store goes on in the background (`background.py`). What fails
 costs time, never an answer: a load reports every block that it did not fill, and from then on nothing is stored until the
-scheduler has heard of it, because what is computed from such blocks is worthless.
+scheduler has heard of it, because what is computed from such blocks is worthless. A load that fails on another rank makes it
+worthless too: of that the scheduler takes care, which plans no store before it has heard of the loads that it rests on.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lmcache.integration.vllm.steps import (
     StoreSpan,
     WorkerHello,
 )
-from lmcache.integration.vllm.utils import ConnectorConfig, engine_namespace, process_token
+from lmcache.integration.vllm.utils import ConnectorConfig, engine_namespace, mla_enabled, process_token
 from lmcache.keys import Namespace
 from lmcache.layout import SUPPORTED_DEVICES, SUPPORTED_KV_GROUPS, KVLayout
 from lmcache.log import RateLimitedLog, init_logger
@@ -69,9 +70,10 @@ class WorkerHalf:
         self._loading: list[LoadUnderWay] = []
         self._is_stuck = False
         self._failed_blocks: set[int] = set()
-        self._ended_loads: set[str] = set()
+        self._last_load_plan = 0  # handed to the copier
+        self._loaded_up_to = 0  # and looked at
+        self._reported_loads_up_to = 0
         self._load_failures = 0
-        self._rank = 0
         self._log = RateLimitedLog(logger)
         self.hello = WorkerHello(refusal="no KV caches were registered")
 
@@ -90,11 +92,12 @@ class WorkerHalf:
             config = kv_cache_config or ask_layers(kv_caches, vllm_config)
             layout, planes = read_layout(kv_caches, vllm_config, config)
             copier = make_copier(layout, planes, staging_bytes=self._staging_bytes)
-            namespace = engine_namespace(vllm_config, layout)
+            namespace = engine_namespace(vllm_config, layout, is_replicated(vllm_config, config))
         except Exception as exc:  # an engine that we do not understand serves on without us
             self.refuse(exc)
         else:
-            self.start(copier, namespace, vllm_config.parallel_config.rank)
+            parallel = vllm_config.parallel_config
+            self.start(copier, namespace, parallel.rank, parallel.world_size)
 
     def refuse(self, exc: Exception) -> None:
         """Serve on without the cache, and say why."""
@@ -105,20 +108,17 @@ class WorkerHalf:
         self.hello = WorkerHello(refusal=reason)
         logger.error("serving without the KV cache: %s", reason, exc_info=unforeseen)
 
-    def start(self, copier: ChunkCopier, namespace: Namespace, rank: int = 0) -> None:
+    def start(self, copier: ChunkCopier, namespace: Namespace, rank: int = 0, num_ranks: int = 1) -> None:
         """Begin to work; the server is told now, or as soon as it is there."""
         self._copier = copier
-        self._rank = rank
-        self.hello = WorkerHello(namespace, copier.layout, stores_later=copier.stores_later)
+        self.hello = WorkerHello(namespace, copier.layout, stores_later=copier.stores_later, rank=rank, num_ranks=num_ranks)
         if copier.stores_later:
             self._background = BackgroundStores(self._store_job, copier.prepare_thread())
         try:
             self._client.watch_mapping(copier.pin_pool)
             self._client.watch_pins(copier.pin_report)
             processes = [token for token in map(process_token, (os.getpid(), os.getppid())) if token]
-            reply = self._client.register(
-                namespace, copier.layout, rank, namespace.world_size, processes, backend=copier.backend
-            )
+            reply = self._client.register(namespace, copier.layout, rank, num_ranks, processes, backend=copier.backend)
             logger.info(
                 "KV cache server found: %.1f KiB a token, L1 holds %d tokens",
                 reply.bytes_per_token / 1024,
@@ -140,6 +140,8 @@ class WorkerHalf:
         self._held |= plan.held
         for span in plan.loads:
             self._begin_load(span)
+        if plan.loads:
+            self._last_load_plan = plan.number
         if self._background is None:
             self.settle_loads()
 
@@ -170,13 +172,16 @@ class WorkerHalf:
 
     def _pin(self, span: ChunkSpan) -> PinnedChunks:
         """Return the span's chunks: where the lookup said that they lie, or as the server finds them now."""
-        borrowed = self._client.borrow(span.places_of(self._rank), span.boot)
-        return borrowed or self._client.pin(span.keys, span.request_id, self._rank)
+        shard = self.hello.shard
+        borrowed = self._client.borrow(span.places_of(shard), span.boot)
+        return borrowed or self._client.pin(span.keys, span.request_id, shard)
 
     def settle_loads(self) -> bool:
         """Wait for the loads under way, look at what they brought, and remember what did not; True when all did."""
         loading, self._loading = self._loading, []
-        return all([self._settle(load) for load in loading])
+        is_good = all([self._settle(load) for load in loading])
+        self._loaded_up_to = self._last_load_plan
+        return is_good
 
     def _settle(self, load: LoadUnderWay) -> bool:
         try:
@@ -201,23 +206,24 @@ class WorkerHalf:
             self._load_failures += 1
             self._failed_blocks.update(span.block_ids[num_filled:])
             self._client.tally.add(failed_blocks={reason: num_failed})
-        self._ended_loads.add(span.request_id)
         return not num_failed
 
     def store(self, plan: StepPlan) -> None:
         """Store the plan's chunks, unless one of them may come from a load that failed."""
         self.settle_loads()
-        is_good = plan.known_load_failures.get(self._rank, 0) == self._load_failures
-        stores = plan.stores if is_good else []
+        is_good = plan.known_load_failures.get(self.hello.rank, 0) == self._load_failures
+        stores = plan.stores if is_good and self.hello.is_storing else []
         if self._background is None:
             for span in stores:
                 self.store_span(span)
-        elif stores and self._copier is not None:
+        elif plan.stores and self._copier is not None:
+            # Also when there is nothing to do for this rank: the scheduler waits until all ranks are past the plan.
             self._background.submit(plan.number, stores, self._copier.fence())
 
     def store_span(self, span: StoreSpan) -> None:
-        """Store one request's chunks; done on return."""
-        self._store_job(StoreJob(0, span, None))
+        """Store one request's chunks, if it is this rank that does; done on return."""
+        if self.hello.is_storing:
+            self._store_job(StoreJob(0, span, None))
 
     def _store_job(self, job: StoreJob) -> None:
         try:
@@ -236,7 +242,7 @@ class WorkerHalf:
             span.keys,
             size * copier.layout.bytes_per_block,
             span.namespace_id,
-            self._rank,
+            self.hello.shard,
             span.parent,
         ) as reservation:
             block_ids = [
@@ -281,15 +287,19 @@ class WorkerHalf:
 
     def take_report(self) -> StepReport | None:
         """Return, once, what the scheduler should know of this step's loads, and of the stores."""
-        up_to = self._background.done_up_to if self._background is not None else 0
-        if not self._ended_loads and up_to == self._reported_up_to:
+        stored_up_to = self._background.done_up_to if self._background is not None else 0
+        if self._loaded_up_to == self._reported_loads_up_to and stored_up_to == self._reported_up_to:
             return None
         # Not right after the load, where it would delay the forward pass; but before vLLM hears of the step, so that
         # who has an answer finds it counted.
         self._client.post_report()
-        ended, self._ended_loads = frozenset(self._ended_loads), set()
-        self._reported_up_to = up_to
-        return StepReport(ended, {self._rank: self._load_failures}, {self._rank: up_to} if self._background else {})
+        self._reported_loads_up_to, self._reported_up_to = self._loaded_up_to, stored_up_to
+        rank = self.hello.rank
+        return StepReport(
+            {rank: self._loaded_up_to},
+            {rank: self._load_failures},
+            {rank: stored_up_to} if self._background is not None else {},
+        )
 
     def close(self) -> None:
         """Leave the server, after what is still to be stored."""
@@ -400,6 +410,12 @@ def layers_of(kv_cache: Any, attn_backend: Any, kv_cache_config: Any) -> dict[st
         )
     layers = kv_cache.permute([order.index(axis) for axis in range(kv_cache.dim())])
     return {name: layer for layer, part in zip(layers, parts, strict=True) for name in part.shared_by}
+
+
+def is_replicated(vllm_config: Any, kv_cache_config: Any) -> bool:
+    """Tell whether all tensor parallel ranks hold the same KV: MLA has one latent vector a token, which is not split."""
+    spec, _ = _only_group(kv_cache_config)
+    return mla_enabled(vllm_config.model_config) and type(spec).__name__ == "MLAAttentionSpec"
 
 
 def _only_group(kv_cache_config: Any) -> tuple[Any, list[str]]:

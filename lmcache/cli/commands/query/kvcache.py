@@ -92,7 +92,7 @@ def lookup(url: Url, args: Namespace) -> Result:
     model = select_model(fetch_status(url, args.timeout)[1].models, args.model)
     prompt = read_prompt(args, model)
     keys = keys_of(args, model, prompt.token_ids)
-    answer = send_request(url, Lookup(world_size=model.world_size), [keys], args.timeout)
+    answer = send_request(url, Lookup(world_size=model.namespace.world_size), [keys], args.timeout)
     return lookup_result(model, prompt, answer)
 
 

@@ -1,0 +1,42 @@
+"""The connector class itself, without an engine around it."""
+
+import warnings
+
+import pytest
+
+from lmcache.integration.vllm.steps import StepPlan
+
+pytest.importorskip("vllm", reason="needs vLLM: make setup-vllm")
+
+with warnings.catch_warnings():  # vLLM's and PyTorch's own, at import
+    warnings.simplefilter("ignore")
+    from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector, PlanMetadata
+
+
+class Worker:
+    """Notes what it is told to store."""
+
+    def __init__(self):
+        self.stored = []
+
+    def store(self, plan):
+        self.stored.append(plan.number)
+
+    def take_released(self):
+        return {f"after {self.stored}"}
+
+
+@pytest.mark.parametrize("save_comes", ["before", "after", "never"])
+def test_a_steps_chunks_are_stored_once_and_before_its_requests_are_released(save_comes):
+    """vLLM 0.25 leaves out `wait_for_save` in a step that computes nothing, and calls it last where drafts follow."""
+    connector = object.__new__(LMCacheMPConnector)
+    connector._worker = worker = Worker()
+    for number in (1, 2):
+        connector.bind_connector_metadata(PlanMetadata(StepPlan(number=number)))
+        if save_comes == "before":
+            connector.wait_for_save()
+        assert connector.get_finished(set()) == ({f"after {[*range(1, number + 1)]}"}, None)
+        if save_comes == "after":
+            connector.wait_for_save()
+        connector.clear_connector_metadata()
+    assert worker.stored == [1, 2]
