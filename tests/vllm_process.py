@@ -1,6 +1,7 @@
 """A real vLLM API server on the CPU as a child process, spoken to over loopback HTTP."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ MODEL_NAME = "tiny"
 # Healthy after about 40 s on two idle cores; a busy machine takes several times as long.
 START_SECONDS = 600.0
 STOP_SECONDS = 60.0
+# More flags for each vLLM: on a GPU, how much of its memory to take.
+FLAGS_VARIABLE = "LMCACHE_TEST_VLLM_FLAGS"
 LOG_TAIL_LINES = 60
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -63,7 +66,7 @@ class VllmServer:
             "--model", str(model_dir), "--served-model-name", MODEL_NAME,
             "--host", "127.0.0.1", "--port", str(self.port),
             "--dtype", "bfloat16", "--max-model-len", "8192", "--enforce-eager",
-            *flags,
+            *flags, *shlex.split(os.environ.get(FLAGS_VARIABLE, "")),
         ]
         # fmt: on
         self._process: subprocess.Popen[bytes] | None = None
