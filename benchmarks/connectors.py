@@ -157,7 +157,7 @@ class TimedConnector(LMCacheMPConnector):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         super().register_kv_caches(kv_caches)
         copier = self._worker._copier
-        if copier.stores_later:
+        if copier.copies_later:
             self._time_on_device(copier)
             return
         scatter = copier.scatter

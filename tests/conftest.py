@@ -38,9 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--chaos-class",
-        choices=["ours", "built-in"],
+        choices=["ours", "later", "built-in"],
         default="ours",
-        help="the connector class that vLLM uses in the chaos (default: %(default)s)",
+        help="the connector class that vLLM uses in the chaos; later: ours, with copies beside the steps, as on a GPU",
     )
     parser.addoption(
         "--chaos-clients", type=int, default=12, help="how many clients ask at once in the chaos (default: %(default)s)"

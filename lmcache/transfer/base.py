@@ -47,6 +47,14 @@ class CancelledTransferError(LMCacheError):
 class Transfer:
     """A transfer to the engine's blocks that may still be under way; this one is done."""
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the last byte is where it should be."""
+        return True
+
+    def give_up(self) -> None:
+        """Let whatever the engine's device is given next come after the transfer, should that ever end."""
+
     def wait(self, seconds: float) -> None:
         """Return when the last byte is where it should be.
 
@@ -61,8 +69,9 @@ class ChunkCopier(ABC):
     when an argument does not fit. One thread at a time.
     """
 
-    # Whether a store takes longer than an engine's step should wait: then it belongs on a thread of its own.
-    stores_later = False
+    # Whether copies take longer than an engine's step should wait: then a store belongs on a thread of its own, and a request
+    # waits for its load while others compute.
+    copies_later = False
     # What moves the bytes, for people.
     backend = "cpu"
 
@@ -99,10 +108,15 @@ class ChunkCopier(ABC):
         Raises: LayoutMismatchError.
         """
 
-    def begin_scatter(self, extents: Sequence[Extent], block_ids: Sequence[int], skip_blocks: int = 0) -> Transfer:
-        """Start to `scatter`, before whatever the engine's device is given next.
+    def begin_scatter(
+        self, extents: Sequence[Extent], block_ids: Sequence[int], skip_blocks: int = 0, holds_back: bool = True
+    ) -> Transfer:
+        """Start to `scatter`, after whatever the engine's device was given before.
 
-        The caller keeps the extents readable until the transfer's `wait` has returned.
+        The caller keeps the extents readable until the transfer is done.
+
+        Args:
+            holds_back: let what the device is given next wait for it.
         """
         self.scatter(extents, block_ids, skip_blocks)
         return Transfer()

@@ -178,6 +178,10 @@ class CudaTransfer(Transfer):
         """Let what comes next on a stream wait for the transfer."""
         stream.wait_event(self._done)
 
+    def give_up(self) -> None:
+        """Let what comes next on the current stream wait for the transfer."""
+        self.hold_back(torch.cuda.current_stream())
+
     @property
     def is_done(self) -> bool:
         """Whether the last byte is where it should be."""
@@ -219,7 +223,7 @@ class CudaCopier(ChunkCopier):
     Raises: LayoutMismatchError when the planes are not what the layout says; CudaError without a driver.
     """
 
-    stores_later = True
+    copies_later = True
 
     def __init__(
         self,
@@ -356,10 +360,15 @@ class CudaCopier(ChunkCopier):
         """Copy chunks, or what of them `block_ids` have room for, into engine blocks; done on return."""
         self.begin_scatter(extents, block_ids, skip_blocks).wait(TRANSFER_SECONDS)
 
-    def begin_scatter(self, extents: Sequence[Extent], block_ids: Sequence[int], skip_blocks: int = 0) -> CudaTransfer:
-        """Start to copy chunks into engine blocks, after what the current stream was given, and before what it is given next.
+    def begin_scatter(
+        self, extents: Sequence[Extent], block_ids: Sequence[int], skip_blocks: int = 0, holds_back: bool = True
+    ) -> CudaTransfer:
+        """Start to copy chunks into engine blocks, after what the current stream was given.
 
-        The caller keeps the extents readable until the transfer's `wait` has returned.
+        The caller keeps the extents readable until the transfer is done.
+
+        Args:
+            holds_back: let what the current stream is given next wait for it.
         """
         transfer = CudaTransfer(extents)
         compute, before = torch.cuda.current_stream(self._device), self.fence()
@@ -370,8 +379,12 @@ class CudaCopier(ChunkCopier):
             padded += [SKIPPED] * (used * size - len(padded))
             try:
                 self._load_pieces(padded, size, extents[:used], before, transfer)
-            finally:  # of what was launched nothing may come after what the caller does next
+            except BaseException:  # of what was launched nothing may come after what the caller does next
                 transfer.end(self._loads.kernels)
+                transfer.hold_back(compute)
+                raise
+            transfer.end(self._loads.kernels)
+            if holds_back:
                 transfer.hold_back(compute)
         return transfer
 

@@ -31,7 +31,7 @@ class Faults:
     """Causes them; `counts` says how many of each kind.
 
     Args:
-        preempts: whether to throw all running requests out of their blocks too; vLLM dies of that where loads are asynchronous.
+        preempts: whether to throw all running requests out of their blocks too; vLLM cannot where copies go on beside steps.
     """
 
     def __init__(self, engine: Engine, server: MortalServer, generator: random.Random, *, preempts: bool) -> None:

@@ -54,6 +54,7 @@ class Engine(VllmServer):
         failure_policy: str = "recompute",
         flags: Sequence[str] = (),
         connector_config: Mapping[str, object] | None = None,
+        connector: Mapping[str, str] | None = None,
     ) -> None:
         transfer = {
             "kv_connector": "LMCacheMPConnector",
@@ -66,6 +67,7 @@ class Engine(VllmServer):
                 "lmcache.mp.lookup_timeout": LOOKUP_SECONDS,
                 **(connector_config or {}),
             },
+            **(connector or {}),
         }
         ours = ["--max-num-batched-tokens", str(STEP_TOKENS), "--kv-transfer-config", json.dumps(transfer)]
         super().__init__(model_dir, log_path, [*ours, *flags], env={"VLLM_SERVER_DEV_MODE": "1", **(env or {})})
@@ -86,14 +88,14 @@ class Engine(VllmServer):
         """Return the text, and the tokens that were meanwhile looked up with success, loaded and stored."""
         before = self.server.status()["counters"]
         text = self.ask(prompt, **extra)
-        after = self._counters_at_rest()
+        after = self.counters_at_rest()
         return text, {
             "hit": CHUNK_SIZE * (after["lookup_chunks"]["hit"] - before["lookup_chunks"]["hit"]),
             "loaded": after["retrieved_tokens"] - before["retrieved_tokens"],
             "stored": CHUNK_SIZE * (after["stored_chunks"] - before["stored_chunks"]),
         }
 
-    def _counters_at_rest(self) -> dict[str, Any]:
+    def counters_at_rest(self) -> dict[str, Any]:
         """Return the server's counters once it has heard of the request's end, from both halves of the plug-in."""
         wait_until(lambda: is_at_rest(self.server), "the request holds nothing any more")
         counters: dict[str, Any] = {}

@@ -3,8 +3,8 @@
 The KV of a full block is a digest of the KV of the block before it, as it lies in the memory of all ranks, and of the
 block's own tokens: what is computed from garbage is garbage on every rank, and shows. Modelled on vLLM 0.32:
 admission, chunked prefill, decoding, preemption, aborts, its own prefix cache, asynchronous scheduling (a
-step is planned before the one before it was heard of), tensor parallel ranks that execute a step one after the other, and
-the `recompute` policy for failed loads.
+step is planned before the one before it was heard of), tensor parallel ranks that execute a step one after the other, loads
+within a step or while the request waits, and the `recompute` policy for failed loads.
 """
 
 import functools
@@ -58,6 +58,9 @@ class SimRequest:
     block_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     was_preempted: bool = False
+    is_loading: bool = False
+    is_received: bool = False
+    has_failed: bool = False
     life: int = 0
 
     def __post_init__(self):
@@ -112,6 +115,8 @@ class SimEngine:
         self.in_flight = deque()
         self.held = {}
         self.num_releases = Counter()
+        self.ended_loading = {}
+        self.num_receipts = Counter()
         self.preempted = set()
         self.num_loaded_tokens = 0
         self.num_failed_loads = 0
@@ -122,12 +127,12 @@ class SimEngine:
 
     @property
     def has_work(self):
-        return bool(self.waiting or self.running or self.in_flight or self.held)
+        return bool(self.waiting or self.running or self.in_flight or self.held or self.ended_loading)
 
     def step(self):
         work, output = self._schedule()
-        if self.held and not work:
-            time.sleep(1e-3)  # stores in the background take their time
+        if self.has_work and not work:
+            time.sleep(1e-3)  # what goes on in the background takes its time
         output.preempted_req_ids, self.preempted = self.preempted, set()
         plan = self.scheduler.plan_loads()
         self.scheduler.plan_stores(plan, output)
@@ -152,22 +157,34 @@ class SimEngine:
             cached.new_block_ids.append((new_blocks,) if new_blocks else None)
             cached.num_computed_tokens.append(request.num_computed)
             work.append(self._commit(request, count, output))
-        while self.waiting and budget:
-            request = self.waiting[0]
-            local = self._local_hit(request)
-            external = self.scheduler.match(request, len(local) * BLOCK_SIZE)
-            if external is None:
+        for request in sorted(self.waiting, key=lambda request: not request.is_loading):
+            if not budget:
                 break
-            start = len(local) * BLOCK_SIZE + external
-            count = min(budget, self.max_part, request.num_tokens - start)
+            if request.is_loading and not self._promote(request):
+                continue
+            external, local = 0, []
+            if not request.num_computed:
+                local = self._local_hit(request)
+                external = self.scheduler.match(request, len(local) * BLOCK_SIZE)
+                if external is None:
+                    break
+            start = request.num_computed or len(local) * BLOCK_SIZE + external
+            waits = external > 0 and self.scheduler.loads_later
+            count = 0 if waits else min(budget, self.max_part, request.num_tokens - start)
+            if waits and not self._may_wait(request, local):
+                break
             if not self._admit(request, local, start, start + count):
                 break
             self.scheduler.allocated(request.request_id, request.block_ids, external)
             if not external:
                 self.scheduler.free_pins(request.request_id)
             self.num_loaded_tokens += external
+            if waits:
+                request.is_loading, request.is_received, request.has_failed = True, False, False
+                continue
             budget -= count
-            self.running.append(self.waiting.popleft())
+            self.waiting.remove(request)
+            self.running.append(request)
             if request.was_preempted:
                 cached = output.scheduled_cached_reqs
                 cached.req_ids.append(request.request_id)
@@ -184,6 +201,24 @@ class SimEngine:
                 )
             work.append(self._commit(request, count, output))
         return work, output
+
+    def _may_wait(self, request, local):
+        """Whether a request may keep blocks while it waits: if all of it, and of all others that wait, will fit."""
+
+        def missing(request, num_blocks):
+            return -(-request.num_tokens // BLOCK_SIZE) - num_blocks
+
+        reserved = sum(missing(other, len(other.block_ids)) for other in self.waiting if other.is_loading)
+        return missing(request, len(local)) <= len(self.free) - reserved
+
+    def _promote(self, request):
+        """Take a request out of its wait, if its load is over."""
+        if not request.is_received:
+            return False
+        request.is_loading = False
+        if request.has_failed and not request.num_computed:
+            self._release(request)
+        return True
 
     def _commit(self, request, count, output):
         output.num_scheduled_tokens[request.request_id] = count
@@ -213,11 +248,13 @@ class SimEngine:
         return blocks
 
     def _admit(self, request, local, computed, end):
-        for block in local:
-            self._use(block)
-        request.block_ids = list(local)
+        if not request.num_computed:
+            for block in local:
+                self._use(block)
+            request.block_ids = list(local)
         if self._allocate(request, end) is None:
-            self._release(request)
+            if not request.num_computed:
+                self._release(request)
             return False
         request.num_computed = computed
         return True
@@ -265,14 +302,18 @@ class SimEngine:
         request.block_ids = []
 
     def _update(self, work, result):
-        failed, report, released = result
+        failed, report, released, received = result
         self.num_releases.update(released)
         for request_id in [id_ for id_, count in self.num_releases.items() if count == len(self.workers)]:
             del self.num_releases[request_id]
             self._release(self.held.pop(request_id))
         if failed:
             self.num_failed_loads += 1
-            self._roll_back(work, failed)
+            if self.scheduler.loads_later:
+                self._cut_loads(failed)
+            else:
+                self._roll_back(work, failed)
+        self._receive(received)
         for part in work:
             request = part.request
             is_stale = request not in self.running or part.life != request.life
@@ -303,6 +344,23 @@ class SimEngine:
                 request.num_computed -= scheduled.get(request.request_id, 0)
             request.life += bool(invalid)
 
+    def _cut_loads(self, failed):
+        """What a waiting request has loaded ends before its first invalid block."""
+        for request in (*self.waiting, *self.ended_loading.values()):
+            at = [index for index, block in enumerate(request.block_ids) if block in failed]
+            if request.is_loading and at and at[0] * BLOCK_SIZE < request.num_computed:
+                request.num_computed, request.has_failed = at[0] * BLOCK_SIZE, True
+
+    def _receive(self, received):
+        self.num_receipts.update(received)
+        for request_id in [id_ for id_, count in self.num_receipts.items() if count == len(self.workers)]:
+            del self.num_receipts[request_id]
+            if request_id in self.ended_loading:
+                self._release(self.ended_loading.pop(request_id))
+            else:
+                (request,) = [r for r in self.waiting if r.request_id == request_id and r.is_loading]
+                request.is_received = True
+
     def abort(self, request):
         """The client has gone."""
         (self.running if request in self.running else self.waiting).remove(request)
@@ -314,7 +372,11 @@ class SimEngine:
         self._end(request)
 
     def _end(self, request):
-        if self.scheduler.hold_blocks(request.request_id, request.block_ids):
+        holds = self.scheduler.hold_blocks(request.request_id, request.block_ids)
+        if request.is_loading and not request.is_received:
+            assert not holds  # vLLM would hear of it twice
+            self.ended_loading[request.request_id] = request
+        elif holds:
             self.held[request.request_id] = request
         else:
             self._release(request)
@@ -342,9 +404,10 @@ class SimEngine:
         for worker in self.workers:
             worker.store(plan)
         released = Counter(id_ for worker in self.workers for id_ in worker.take_released())
+        received = Counter(id_ for worker in self.workers for id_ in worker.take_received())
         failed = set().union(*(worker.take_failed_blocks() for worker in self.workers))
         reports = [report for worker in self.workers if (report := worker.take_report()) is not None]
-        return failed, functools.reduce(StepReport.merge, reports) if reports else None, released
+        return failed, functools.reduce(StepReport.merge, reports) if reports else None, released, received
 
     def _compute(self, block_ids, index, tokens):
         for layer in range(NUM_LAYERS):

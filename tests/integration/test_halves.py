@@ -5,7 +5,6 @@ import functools
 import os
 import pickle
 import random
-import threading
 import time
 
 import msgspec
@@ -31,10 +30,11 @@ from lmcache.integration.vllm.worker import WorkerHalf  # noqa: E402
 from lmcache.keys import Namespace, chunk_keys, split_keys  # noqa: E402
 from lmcache.layout import KVLayout  # noqa: E402
 from lmcache.protocol import Clear, EndSession, Evict  # noqa: E402
-from lmcache.transfer.base import CancelledTransferError, StuckTransferError  # noqa: E402
+from lmcache.transfer.base import StuckTransferError  # noqa: E402
 from lmcache.transfer.cpu import CpuCopier  # noqa: E402
 from tests.chaos.waiting import wait_until  # noqa: E402
 from tests.fakes import PATIENCE_SECONDS  # noqa: E402
+from tests.integration.later_copier import LaterCopier, LaterTransfer  # noqa: E402
 from tests.integration.simulated_engine import (  # noqa: E402
     BLOCK_BYTES,
     BLOCK_SIZE,
@@ -122,30 +122,6 @@ def take_everything(url, request_ids):
             thief.mq.call(EndSession(request_id=request_id))
         thief.mq.call(Clear())
         thief.store(os.urandom(64 * 32), [b"\xbb" * CHUNK_BYTES] * 64)
-
-
-class LaterCopier(CpuCopier):
-    """A fake of a GPU's copier, in host memory: stores go on in the background, slowly, and may be cancelled between chunks."""
-
-    stores_later = True
-
-    def __init__(self, *args, pause_seconds=0.0):
-        super().__init__(*args)
-        self.pause_seconds = pause_seconds
-        self._reading = threading.Lock()
-
-    def gather(self, block_ids, extents, after=None, is_cancelled=lambda: False):
-        size = len(block_ids) // max(1, len(extents))
-        for index, extent in enumerate(extents):
-            time.sleep(self.pause_seconds)
-            with self._reading:
-                if is_cancelled():
-                    raise CancelledTransferError("cancelled")
-                super().gather(block_ids[index * size : (index + 1) * size], [extent])
-
-    def protect_blocks(self):
-        with self._reading:
-            pass
 
 
 class OneFault(random.Random):
@@ -322,8 +298,9 @@ def test_whatever_fails_no_wrong_byte_is_used_or_stored(
                 setup.engine.add(waiting.pop())
             if setup.engine.running and generator.random() < 0.1:
                 setup.engine.preempt(generator.choice(setup.engine.running))
-            if setup.engine.running and generator.random() < 0.05:
-                aborted.append(generator.choice(setup.engine.running))
+            admitted = setup.engine.running + [request for request in setup.engine.waiting if request.is_loading]
+            if admitted and generator.random() < 0.05:
+                aborted.append(generator.choice(admitted))
                 setup.engine.abort(aborted[-1])
             setup.engine.step()
             if not waiting and not setup.engine.has_work:
@@ -620,9 +597,87 @@ def test_ranks_that_hold_the_same_store_it_once_and_all_load_it(server, shards, 
         plan = setup.plan_to_load("b", prompt, list(range(20, 32)))
         for rank, worker in enumerate(setup.workers):
             worker.load(plan)
+            if setup.scheduler.loads_later:
+                wait_until(lambda: worker.take_received() == {"b"}, "the load is over")  # noqa: B023 - at once
             assert worker.take_failed_blocks() == set()
             assert setup.loaded(range(20, 32), rank) == expected_kv(prompt, shards, shards[rank])
         setup.scheduler.finished("b")
+
+
+SLOW = functools.partial(LaterCopier, pause_seconds=0.05)
+
+
+def step_until(setup, condition):
+    for _ in turns():
+        if condition():
+            return
+        setup.engine.step()
+
+
+def test_others_compute_while_a_request_waits_for_its_load(server):
+    prompt, other = prompt_of(50, 48), prompt_of(51, 40)
+    with Setup(server, make_copier=SLOW) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        waiting, running = SimRequest("b", [*prompt, 1], max_tokens=2), SimRequest("c", other, max_tokens=3)
+        setup.engine.add(waiting)
+        step_until(setup, lambda: waiting.is_loading)
+        setup.engine.add(running)
+        step_until(setup, lambda: running.num_computed > 8)
+        assert waiting.is_loading
+        setup.run()
+        assert setup.engine.num_loaded_tokens == 48
+        assert setup.check_stored(other) == 5
+
+
+@pytest.mark.parametrize("shards", [ONE_RANK, TWO_SHARDS, MLA])
+@pytest.mark.parametrize("fault", ["lost", "stale"])
+def test_a_request_whose_awaited_load_fails_computes_and_stores_and_does_not_try_again(server, shards, fault):
+    prompt = prompt_of(52, 48)
+    with Setup(server, faults=(OneFault(fault), 0.0), make_copier=SLOW, shards=shards) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        setup.wait_for_stores()
+        setup.clients[-1].fault_rate = 1.0
+        request = SimRequest("b", [*prompt, 1], max_tokens=0)
+        setup.run(request)
+        assert request.has_failed
+        assert (setup.engine.num_failed_loads, setup.engine.num_loaded_tokens) == (1, 48)
+        setup.wait_for_stores()
+        assert setup.check_stored(prompt) == 6
+
+
+def test_the_blocks_of_a_request_that_is_aborted_while_it_waits_are_free_when_its_load_is_over(server):
+    prompt = prompt_of(53, 48)
+    with Setup(server, make_copier=SLOW) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        num_free = len(setup.engine.free)
+        request = SimRequest("b", [*prompt, 1], max_tokens=0)
+        setup.engine.add(request)
+        step_until(setup, lambda: request.is_loading)
+        setup.engine.abort(request)
+        assert len(setup.engine.free) < num_free
+        setup.run()
+        assert len(setup.engine.free) == num_free
+        wait_until(lambda: not server.status()["sessions"], "the session is over")
+        assert server.status()["l1"]["pins"] == 0
+
+
+def test_a_load_that_does_not_end_is_given_up_at_its_deadline(server, monkeypatch):
+    monkeypatch.setattr("lmcache.integration.vllm.worker.TRANSFER_SECONDS", 0.05)
+    given_up = []
+    monkeypatch.setattr(LaterTransfer, "give_up", lambda self: given_up.append(self))
+    prompt = prompt_of(54, 48)
+    with Setup(server, make_copier=functools.partial(LaterCopier, pause_seconds=1.0)) as setup:
+        setup.copier.pause_seconds = 0.0
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        setup.copier.pause_seconds = 1.0
+        plan = setup.plan_to_load("b", prompt, list(range(20, 32)))
+        setup.worker.load(plan)
+        assert setup.worker.take_received() == set()
+        wait_until(lambda: setup.worker.take_received() == {"b"}, "the load is given up")
+        assert setup.worker.take_failed_blocks() == set(range(20, 32))
+        assert len(given_up) == 1
+        setup.scheduler.finished("b")
+        given_up[0]._thread.join(30)
 
 
 def test_the_pins_of_a_load_go_when_the_last_rank_has_told_that_it_is_over(server):

@@ -55,7 +55,7 @@ def assert_all_warm(engine, own):
     before = engine.server.status()["counters"]
     for prompt, expected in zip(PROMPTS, own, strict=True):
         assert engine.ask(prompt) == expected
-    after = engine.server.status()["counters"]
+    after = engine.counters_at_rest()
     assert after["retrieved_tokens"] - before["retrieved_tokens"] == NUM_PROMPTS * CACHED
     assert after["stored_chunks"] == before["stored_chunks"]
     promoted = after["l2_promoted_chunks"] - before["l2_promoted_chunks"]

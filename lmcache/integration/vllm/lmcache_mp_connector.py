@@ -157,7 +157,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             self._worker.give_up(kv_connector_metadata.plan.preempted)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Load what this step's forward pass needs: done on return, or before the device goes on."""
+        """Load what this step's forward pass needs, done on return; or begin to, where requests wait for that."""
         if self._worker is not None and self._connector_metadata is not None:
             self._worker.load(self._connector_metadata.plan)
 
@@ -175,12 +175,15 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             self._worker.store(meta.plan)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Return the ended requests whose blocks have been read, each once, of those that `request_finished` kept."""
+        """Return, each once, the ended requests whose blocks have been read, of those that `request_finished` kept, and the
+        requests that need not wait for their loads any more."""
         self.wait_for_save()  # vLLM 0.25 leaves it out in a step that computes nothing
-        return (self._worker.take_released() if self._worker is not None else None) or None, None
+        if self._worker is None:
+            return None, None
+        return self._worker.take_released() or None, self._worker.take_received() or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Return the blocks that this step's loads did not fill; vLLM computes them."""
+        """Return the blocks that loads which are over did not fill; vLLM computes them."""
         return self._worker.take_failed_blocks() if self._worker is not None else set()
 
     def build_connector_worker_meta(self) -> ReportMetadata | None:
@@ -207,12 +210,16 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             scheduler.announced(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Return how many tokens can be loaded, within the step that needs them; None while that is being looked up."""
+        """Return how many tokens can be loaded, None while that is being looked up; and whether the request waits for that.
+
+        On a GPU it does. Loaded within a step, all requests of the step would wait; and when such a load fails, vLLM's model
+        runner V2 computes nonsense: it takes no request back to a token before.
+        """
         scheduler = self._scheduler_half()
         num_tokens: int | None = 0
         with _as_a_miss(scheduler):
             num_tokens = scheduler.match(request, num_computed_tokens)
-        return num_tokens, False
+        return num_tokens, bool(num_tokens) and scheduler.loads_later
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan the load of `num_external_tokens`, if any, into the request's blocks."""

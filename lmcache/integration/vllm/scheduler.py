@@ -57,6 +57,7 @@ class TrackedRequest:
     the last plan that stores any has the number `last_store`. While
     some blocks are distrusted, `own_from` is the token from which on the request has computed all KV
     itself, and from trusted blocks. The KV of its tokens up to `computed` rests on no load of a plan after `rests_on`.
+    Where a request waits for its load, `is_loading` lasts until it is computed; one whose load `has_failed` loads no more.
     """
 
     request_id: str
@@ -78,6 +79,8 @@ class TrackedRequest:
     own_from: int = UNKNOWN
     computed: int = 0
     rests_on: int = 0
+    is_loading: bool = False
+    has_failed: bool = False
 
     @property
     def block_size(self) -> int:
@@ -130,6 +133,7 @@ class SchedulerHalf:
         self._known_load_failures: dict[int, int] = {}
         self._num_plans = 0
         self._num_ranks = 1
+        self._copies_later = False
         # The requests that each plan loads for, until all ranks have loaded it; up to which plan each rank has; the last one.
         self._loading: dict[int, list[str]] = {}
         self._loaded_up_to: dict[int, int] = {}
@@ -152,9 +156,15 @@ class SchedulerHalf:
             return
         self._namespace, self._layout = hellos[0].namespace, hellos[0].layout
         self._num_ranks = len(hellos)
+        self._copies_later = any(hello.copies_later for hello in hellos)
         self._loaded_up_to = dict.fromkeys(range(len(hellos)), 0)
-        self._stored_up_to = dict.fromkeys(range(len(hellos)), 0) if any(hello.stores_later for hello in hellos) else None
+        self._stored_up_to = dict.fromkeys(range(len(hellos)), 0) if self._copies_later else None
         self._client.mq.connect()
+
+    @property
+    def loads_later(self) -> bool:
+        """Whether a request waits for its load while others compute."""
+        return self._copies_later
 
     # -- before a step ----------------------------------------------------------------------------
 
@@ -179,7 +189,7 @@ class SchedulerHalf:
         if tracked is None:
             return 0
         chunk_size = tracked.namespace.chunk_size
-        if not self._can_load or self._usable_chunks(tracked) * chunk_size <= num_computed_tokens:
+        if not self._can_load or tracked.has_failed or self._usable_chunks(tracked) * chunk_size <= num_computed_tokens:
             return 0
         hit_chunks = self._hit_chunks(tracked)
         if hit_chunks is None:
@@ -263,10 +273,15 @@ class SchedulerHalf:
             tracked.lookup.abandon()
             tracked.lookup = None
         tracked.block_ids = list(block_ids)
+        if tracked.is_loading:  # its load is over, and it is computed now
+            tracked.is_loading = False
+            return
+        tracked.last_store = 0  # of blocks that it had before it was preempted
         tracked.stored_chunks = tracked.hit_chunks
         tracked.own_from = UNKNOWN
         if num_external_tokens > 0:
             self._loads.append(self._span_to_load(tracked, num_external_tokens))
+            tracked.is_loading = self._copies_later
         tracked.hit_chunks, tracked.places, tracked.hit_boot = 0, [], ""  # another admission looks again
 
     def _span_to_load(self, tracked: TrackedRequest, num_tokens: int) -> ChunkSpan:
@@ -332,9 +347,10 @@ class SchedulerHalf:
         """Tell whether the scheduler has heard, from each rank, of all loads that the request's KV rests on.
 
         Ranks compute together: where a load has failed on one, all of them compute what is worthless, and only that one knows.
-        The only rank of an engine sees to it itself, and need not wait.
+        The only rank of an engine sees to it itself, and need not wait; and where requests wait for their loads, vLLM computes
+        none before all ranks have told it.
         """
-        return self._num_ranks == 1 or tracked.rests_on <= self._all_loaded_up_to()
+        return self._num_ranks == 1 or self._copies_later or tracked.rests_on <= self._all_loaded_up_to()
 
     def _all_loaded_up_to(self) -> int:
         return min(self._loaded_up_to.values())
@@ -387,13 +403,22 @@ class SchedulerHalf:
         """Let go of what has been loaded, and distrust what came from a load that failed."""
         if any(count > self._known_load_failures.get(rank, 0) for rank, count in report.load_failures.items()):
             self._known_load_failures.update(report.load_failures)
-            self._distrust(set(invalid_block_ids))
+            if self._copies_later:
+                self._note_failed_loads(set(invalid_block_ids))
+            else:
+                self._distrust(set(invalid_block_ids))
         if self._stored_up_to is not None:
             self._stored_up_to.update(report.stored_up_to)
         self._loaded_up_to.update(report.loaded_up_to)
         for number in [number for number in self._loading if number <= self._all_loaded_up_to()]:
             for request_id in self._loading.pop(number):
                 self.free_pins(request_id)
+
+    def _note_failed_loads(self, invalid: set[int]) -> None:
+        """Nothing was computed from these blocks: vLLM computes them now, and asks again if nothing is left of the load."""
+        for tracked in self._tracked.values():
+            if tracked.is_loading and not invalid.isdisjoint(tracked.block_ids):
+                tracked.has_failed, tracked.stored_chunks = True, 0
 
     def _distrust(self, invalid: set[int]) -> None:
         """Mark the invalid blocks and all that may have been computed from them.
@@ -415,7 +440,7 @@ class SchedulerHalf:
     def hold_blocks(self, request_id: str, block_ids: Sequence[int]) -> bool:
         """Tell whether vLLM must keep the blocks of a request that ends; the workers then report when they have read them."""
         tracked = self._tracked.get(request_id)
-        if tracked is None:
+        if tracked is None or tracked.is_loading:  # vLLM itself keeps the blocks until the load is over
             return False
         if not self._is_proven(tracked) and block_ids:
             tracked.block_ids = list(block_ids)

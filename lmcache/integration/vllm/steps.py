@@ -98,13 +98,14 @@ class WorkerHello:
 
     An engine of `num_ranks` ranks keeps `namespace.world_size` different shards of KV, one a rank. With MLA there is one, and
     all ranks have it: then the first rank stores it, and all load it.
-    `stores_later`: whether a plan's stores may go on after its step.
+    `copies_later`: whether a plan's loads and stores may go on after its step. Then a request waits for its load while others
+    compute, and is computed only when each rank has told that it is over.
     """
 
     namespace: Namespace | None = None
     layout: KVLayout | None = None
     refusal: str = ""
-    stores_later: bool = False
+    copies_later: bool = False
     rank: int = 0
     num_ranks: int = 1
 

@@ -4,17 +4,20 @@ Comes in: vLLM's KV tensors and `StepPlan`s. Goes out: bytes, through `client/kv
 the pool) and `transfer/` (the copies).
 
 For KV in host memory all of it is synchronous: a load is done before the forward pass that needs it, a store after the one
-that computed it, and vLLM reuses no block meanwhile. On a GPU a load is handed to the device before the forward pass, which
-waits for it there, and looked at after the pass was launched; a store goes on in the background (`background.py`). What fails
-costs time, never an answer: a load reports every block that it did not fill, and from then on nothing is stored until the
-scheduler has heard of it, because what is computed from such blocks is worthless. A load that fails on another rank makes it
-worthless too: of that the scheduler takes care, which plans no store before it has heard of the loads that it rests on.
+that computed it, and vLLM reuses no block meanwhile. On a GPU both go on beside the steps: a load is handed to the device, and
+its request waits in vLLM's queue until `take_received` has named it; a store goes on in the background (`background.py`).
+
+What fails costs time, never an answer: a load reports every block that it did not fill. Where it belongs to the step, nothing
+is stored from then on until the scheduler has heard of it, because what is computed from such blocks is worthless. A load
+that fails on another rank makes it worthless too: of that the scheduler takes care, which plans no store before it has heard
+of the loads that it rests on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +53,26 @@ class LoadUnderWay:
     num_blocks: int
     pinned: PinnedChunks
     transfer: Transfer
+    plan_number: int
+    started_at: float
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing to wait for any more."""
+        return self.transfer.is_done or self._is_overdue
+
+    @property
+    def _is_overdue(self) -> bool:
+        return time.monotonic() - self.started_at > TRANSFER_SECONDS
+
+    def finish(self) -> None:
+        """Return when the last byte is where it should be.
+
+        Raises: StuckTransferError.
+        """
+        if self._is_overdue and not self.transfer.is_done:
+            raise StuckTransferError(f"a load did not end within {TRANSFER_SECONDS:g} s", "restart the engine; see its log")
+        self.transfer.wait(TRANSFER_SECONDS)
 
 
 class WorkerHalf:
@@ -70,6 +93,7 @@ class WorkerHalf:
         self._loading: list[LoadUnderWay] = []
         self._is_stuck = False
         self._failed_blocks: set[int] = set()
+        self._received: set[str] = set()
         self._last_load_plan = 0  # handed to the copier
         self._loaded_up_to = 0  # and looked at
         self._reported_loads_up_to = 0
@@ -111,8 +135,8 @@ class WorkerHalf:
     def start(self, copier: ChunkCopier, namespace: Namespace, rank: int = 0, num_ranks: int = 1) -> None:
         """Begin to work; the server is told now, or as soon as it is there."""
         self._copier = copier
-        self.hello = WorkerHello(namespace, copier.layout, stores_later=copier.stores_later, rank=rank, num_ranks=num_ranks)
-        if copier.stores_later:
+        self.hello = WorkerHello(namespace, copier.layout, copies_later=copier.copies_later, rank=rank, num_ranks=num_ranks)
+        if copier.copies_later:
             self._background = BackgroundStores(self._store_job, copier.prepare_thread())
         try:
             self._client.watch_mapping(copier.pin_pool)
@@ -136,13 +160,13 @@ class WorkerHalf:
             self._copier.protect_blocks()
 
     def load(self, plan: StepPlan) -> None:
-        """Fill the blocks of the plan's loads before the device goes on; those that could not be filled are remembered."""
+        """Fill the blocks of the plan's loads, or begin to; those that could not be filled are remembered."""
         self._held |= plan.held
         for span in plan.loads:
-            self._begin_load(span)
+            self._begin_load(span, plan.number, is_awaited=self._copies_later)
         if plan.loads:
             self._last_load_plan = plan.number
-        if self._background is None:
+        if not self._copies_later:
             self.settle_loads()
 
     def load_span(self, span: ChunkSpan) -> bool:
@@ -150,25 +174,32 @@ class WorkerHalf:
         self._begin_load(span)
         return self.settle_loads()
 
-    def _begin_load(self, span: ChunkSpan) -> None:
+    @property
+    def _copies_later(self) -> bool:
+        return self.hello.copies_later
+
+    def _begin_load(self, span: ChunkSpan, plan_number: int = 0, is_awaited: bool = False) -> None:
+        """Hand a load over. If vLLM awaits it, no step will need its blocks before it is named by `take_received`."""
         try:
-            self._loading.append(self._start_transfer(span))
+            self._loading.append(self._start_transfer(span, plan_number, holds_back=not is_awaited))
         except Exception as exc:  # whatever it is, vLLM must hear which blocks are not filled
             self._note_failure("load", exc)
             self._end_load(span, 0, failure_reason(exc))
+            if is_awaited:
+                self._received.add(span.request_id)
 
-    def _start_transfer(self, span: ChunkSpan) -> LoadUnderWay:
+    def _start_transfer(self, span: ChunkSpan, plan_number: int, holds_back: bool) -> LoadUnderWay:
         copier = self._ready_copier()
         pinned = self._pin(span)
         try:
             _check_lengths(pinned.extents, span.blocks_per_chunk * copier.layout.bytes_per_block)
             available = len(pinned.extents) * span.blocks_per_chunk - span.skip_blocks
             block_ids = span.block_ids[: max(0, available)]
-            transfer = copier.begin_scatter(pinned.extents, block_ids, span.skip_blocks)
+            transfer = copier.begin_scatter(pinned.extents, block_ids, span.skip_blocks, holds_back)
         except BaseException:
             pinned.release()
             raise
-        return LoadUnderWay(span, len(block_ids), pinned, transfer)
+        return LoadUnderWay(span, len(block_ids), pinned, transfer, plan_number, time.monotonic())
 
     def _pin(self, span: ChunkSpan) -> PinnedChunks:
         """Return the span's chunks: where the lookup said that they lie, or as the server finds them now."""
@@ -183,11 +214,25 @@ class WorkerHalf:
         self._loaded_up_to = self._last_load_plan
         return is_good
 
+    def take_received(self) -> set[str]:
+        """Return, once each, the requests whose awaited loads are over; what did not arrive is remembered."""
+        while self._copies_later and self._loading and self._loading[0].is_over:
+            load = self._loading.pop(0)
+            self._settle(load)
+            self._received.add(load.span.request_id)
+        self._loaded_up_to = self._loading[0].plan_number - 1 if self._loading else self._last_load_plan
+        received, self._received = self._received, set()
+        return received
+
     def _settle(self, load: LoadUnderWay) -> bool:
         try:
+            load.finish()
             with load.pinned:
-                load.transfer.wait(TRANSFER_SECONDS)
                 load.pinned.verify()
+        except StuckTransferError as exc:  # the chunks stay pinned: the device may still read them
+            load.transfer.give_up()
+            self._note_failure("load", exc)
+            return self._end_load(load.span, 0, failure_reason(exc))
         except Exception as exc:  # whatever it is, vLLM must hear which blocks are not filled
             self._note_failure("load", exc)
             return self._end_load(load.span, 0, failure_reason(exc))
@@ -210,8 +255,10 @@ class WorkerHalf:
 
     def store(self, plan: StepPlan) -> None:
         """Store the plan's chunks, unless one of them may come from a load that failed."""
-        self.settle_loads()
-        is_good = plan.known_load_failures.get(self.hello.rank, 0) == self._load_failures
+        is_good = True
+        if not self._copies_later:
+            self.settle_loads()
+            is_good = plan.known_load_failures.get(self.hello.rank, 0) == self._load_failures
         stores = plan.stores if is_good and self.hello.is_storing else []
         if self._background is None:
             for span in stores:
@@ -275,7 +322,8 @@ class WorkerHalf:
 
     def take_failed_blocks(self) -> set[int]:
         """Return, once, the blocks that loads did not fill."""
-        self.settle_loads()
+        if not self._copies_later:
+            self.settle_loads()
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
@@ -302,7 +350,8 @@ class WorkerHalf:
         )
 
     def close(self) -> None:
-        """Leave the server, after what is still to be stored."""
+        """Leave the server, after what is under way."""
+        self.settle_loads()
         if self._background is not None:
             self._background.close(CLOSE_SECONDS)
         self._client.close()

@@ -1,0 +1,74 @@
+"""A fake of a GPU's copier, in host memory: loads and stores go on in the background, slowly."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lmcache.transfer.base import CancelledTransferError, Extent, Transfer
+from lmcache.transfer.cpu import CpuCopier
+
+# What --kv-transfer-config says for `later_connector.py`.
+LATER = {"kv_connector": "LaterConnector", "kv_connector_module_path": "tests.integration.later_connector"}
+
+
+class LaterTransfer(Transfer):
+    """A load that a thread of its own carries out after a while."""
+
+    def __init__(self, scatter: Callable[[], None], pause_seconds: float) -> None:
+        self._thread = threading.Timer(pause_seconds, scatter)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the thread has ended."""
+        return not self._thread.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        """Return when it has."""
+        self._thread.join(seconds)
+        assert self.is_done
+
+
+class LaterCopier(CpuCopier):
+    """Waits before each chunk that it stores, where it may be cancelled, and before each load."""
+
+    copies_later = True
+
+    def __init__(self, *args: Any, pause_seconds: float = 0.0) -> None:
+        super().__init__(*args)
+        self.pause_seconds = pause_seconds
+        self._reading = threading.Lock()
+
+    def gather(
+        self,
+        block_ids: Sequence[int],
+        extents: Sequence[Extent],
+        after: Any = None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Store chunk by chunk."""
+        size = len(block_ids) // max(1, len(extents))
+        for index, extent in enumerate(extents):
+            time.sleep(self.pause_seconds)
+            with self._reading:
+                if is_cancelled():
+                    raise CancelledTransferError("cancelled")
+                super().gather(block_ids[index * size : (index + 1) * size], [extent])
+
+    def begin_scatter(
+        self, extents: Sequence[Extent], block_ids: Sequence[int], skip_blocks: int = 0, holds_back: bool = True
+    ) -> Transfer:
+        """Load, now or later."""
+        self.check(block_ids, extents, skip_blocks)
+        if holds_back:
+            return super().begin_scatter(extents, block_ids, skip_blocks)
+        return LaterTransfer(functools.partial(self.scatter, extents, block_ids, skip_blocks), self.pause_seconds)
+
+    def protect_blocks(self) -> None:
+        """Return when the chunk that is being read has been read."""
+        with self._reading:
+            pass
