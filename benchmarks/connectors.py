@@ -1,6 +1,7 @@
 """Connectors that vLLM loads in benchmarks by `kv_connector_module_path`, and a middleware for its API server.
 
-`IdleConnector` does nothing: what vLLM itself does more where there is a connector. `TimedConnector` is ours with a clock.
+`IdleConnector` does nothing: what vLLM itself does more where there is a connector. `TimedConnector` is ours with a clock,
+`GpuTimedConnector` is that for KV on a GPU.
 It and the middleware note time.monotonic(), which all processes of a host share, and append JSON lines to the file that
 ENGINE_STAMPS names. What a request's X-Request-Id says decides what happens in the worker:
 
@@ -106,7 +107,6 @@ class TimedConnector(LMCacheMPConnector):
         self._floor: MemcpyFloor | None = None
         self._memcpy_first = False
         self._copy_seconds = 0.0
-        self._on_device: tuple[Any, ...] = ()  # events around the copies of the last load, where KV is on a GPU
 
     def _stamp(self, request_id: str, name: str) -> None:
         self._stamps.setdefault(request_id, {}).setdefault(name, time.monotonic())
@@ -157,9 +157,6 @@ class TimedConnector(LMCacheMPConnector):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         super().register_kv_caches(kv_caches)
         copier = self._worker._copier
-        if copier.copies_later:
-            self._time_on_device(copier)
-            return
         scatter = copier.scatter
 
         def timed_scatter(*args: Any) -> None:
@@ -168,21 +165,6 @@ class TimedConnector(LMCacheMPConnector):
             self._copy_seconds += time.monotonic() - started
 
         copier.scatter = timed_scatter
-
-    def _time_on_device(self, copier: Any) -> None:
-        import torch
-
-        begin = copier.begin_scatter
-
-        def timed_begin(*args: Any) -> Any:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record(copier._loads.copies)
-            transfer = begin(*args)
-            last.record(copier._loads.kernels)
-            self._on_device = first, last
-            return transfer
-
-        copier.begin_scatter = timed_begin
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         loads = self._connector_metadata.plan.loads
@@ -226,10 +208,6 @@ class TimedConnector(LMCacheMPConnector):
         if self._request_id:
             self._stamp(self._request_id, "forward_end")
         super().wait_for_save()
-        if self._request_id and self._on_device:
-            self._stamp(self._request_id, "load_settled")
-            first, last = self._on_device
-            self._stamps[self._request_id]["copy_seconds"] = first.elapsed_time(last) / 1e3
 
     def build_connector_worker_meta(self) -> Any:
         meta = super().build_connector_worker_meta()
@@ -237,3 +215,44 @@ class TimedConnector(LMCacheMPConnector):
             self._flush(self._request_id)
             self._request_id = ""
         return meta
+
+
+class GpuTimedConnector(TimedConnector):
+    """The same for KV on a GPU, where requests wait for their loads; one request at a time."""
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        for request in scheduler_output.scheduled_new_reqs:
+            self._stamp(request.req_id, "scheduled")
+        return super().build_connector_meta(scheduler_output)
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        import torch
+
+        LMCacheMPConnector.register_kv_caches(self, kv_caches)
+        copier = self._worker._copier
+        begin = copier.begin_scatter
+        self._first, self._last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def timed_begin(*args: Any) -> Any:
+            self._first.record(copier._loads.copies)
+            transfer = begin(*args)
+            self._last.record(copier._loads.kernels)
+            return transfer
+
+        copier.begin_scatter = timed_begin
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        loads = self._connector_metadata.plan.loads
+        for load in loads:
+            self._stamp(load.request_id, "load_begin")
+        LMCacheMPConnector.start_load_kv(self, forward_context, **kwargs)
+        for load in loads:
+            self._stamp(load.request_id, "load_end")
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        released, received = super().get_finished(finished_req_ids)
+        for request_id in received or ():
+            self._stamp(request_id, "load_settled")
+            self._stamps[request_id]["copy_seconds"] = self._first.elapsed_time(self._last) / 1e3
+            self._flush(request_id)
+        return released, received

@@ -31,9 +31,8 @@ TIMELINE = {
     "meta_built": "the step is planned",
     "load_begin": "the worker begins to hand the copies over",
     "load_end": "all copies are handed over",
-    "forward_end": "the forward pass is launched",
-    "load_settled": "the KV is in the GPU's blocks",
-    "step_heard": "the engine core has the step's result",
+    "load_settled": "the KV is seen to be in the GPU's blocks",
+    "scheduled": "the step that computes the rest is planned",
     "api_first_token": "the API server sends the first token",
     "client_first_token": "the client has it",
 }
@@ -106,7 +105,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         url, _ = stack.enter_context(server("--l1-size-gb", str(args.l1_gib)))
         cache, stamps_path = Cache(url), folder / "stamps"
-        timed = transfer_flags(url, kv_connector="TimedConnector", kv_connector_module_path="connectors")
+        timed = transfer_flags(url, kv_connector="GpuTimedConnector", kv_connector_module_path="connectors")
         flags = ["--max-model-len", "40960", "--no-enforce-eager", *args.vllm_flags, *timed]
         env = {
             **engine_env("ours", folder),

@@ -52,8 +52,8 @@ def test_a_run_reports_both_directions_beside_raw_pinned_copies(cli, server):
     assert device["pool_pinned_bytes"] == run["environment"]["l1_capacity_bytes"]
     assert (device["pool_unpinned_bytes"], device["staging_bytes"]) == (0, 128 * MIB)
     correctness, retrieved = run["correctness"], run["operations"]["retrieve"]["completed"]
-    assert (correctness["ok"], correctness["bad"], correctness["missing"]) == (8 * retrieved, 0, 0)
-    assert retrieved > 0
+    assert (correctness["bad"], correctness["missing"]) == (0, 0)
+    assert correctness["ok"] >= 8 * retrieved > 0  # those of the warm-up too
     for name in ("l1_read", "l1_write"):
         assert run["bandwidth"][name]["gb_per_second"] > 0
         assert run["bandwidth"][name]["raw_copy_gb_per_second"] > 0
