@@ -27,7 +27,7 @@ from lmcache.integration.vllm.steps import (  # noqa: E402
     WorkerHello,
 )
 from lmcache.integration.vllm.worker import WorkerHalf  # noqa: E402
-from lmcache.keys import Namespace, chunk_keys, split_keys  # noqa: E402
+from lmcache.keys import KEY_BYTES, Namespace, chunk_keys, split_keys  # noqa: E402
 from lmcache.layout import KVLayout  # noqa: E402
 from lmcache.protocol import Clear, EndSession, Evict  # noqa: E402
 from lmcache.transfer.base import StuckTransferError  # noqa: E402
@@ -602,6 +602,20 @@ def test_ranks_that_hold_the_same_store_it_once_and_all_load_it(server, shards, 
             assert worker.take_failed_blocks() == set()
             assert setup.loaded(range(20, 32), rank) == expected_kv(prompt, shards, shards[rank])
         setup.scheduler.finished("b")
+
+
+def test_what_both_the_engines_own_cache_and_the_server_have_is_not_offered_again(server):
+    prompt = prompt_of(55, 48)
+    with Setup(server, has_prefix_cache=True) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        setup.engine.add(SimRequest("b", [*prompt, *prompt_of(56, 8)], max_tokens=0))
+        assert setup.scheduler._tracked["b"].lookup.wait(60)
+        offered, reserve = [], setup.worker_client.reserve
+        setup.worker_client.reserve = lambda keys, *args: offered.append(len(keys) // KEY_BYTES) or reserve(keys, *args)
+        setup.run()
+        assert setup.engine.num_loaded_tokens == 0
+        assert offered == [1]
+        wait_until(lambda: server.status()["l1"]["pins"] == 0, "nothing is pinned")
 
 
 SLOW = functools.partial(LaterCopier, pause_seconds=0.05)

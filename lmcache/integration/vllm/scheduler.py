@@ -16,6 +16,7 @@ forgotten; introductions are made by the client's heartbeat. What is not there i
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -269,9 +270,8 @@ class SchedulerHalf:
         tracked = self._tracked.get(request_id)
         if tracked is None:
             return
-        if tracked.lookup is not None:  # vLLM goes on without the answer
-            tracked.lookup.abandon()
-            tracked.lookup = None
+        if tracked.lookup is not None:
+            self._end_lookup(tracked, tracked.lookup)
         tracked.block_ids = list(block_ids)
         if tracked.is_loading:  # its load is over, and it is computed now
             tracked.is_loading = False
@@ -283,6 +283,15 @@ class SchedulerHalf:
             self._loads.append(self._span_to_load(tracked, num_external_tokens))
             tracked.is_loading = self._copies_later
         tracked.hit_chunks, tracked.places, tracked.hit_boot = 0, [], ""  # another admission looks again
+
+    def _end_lookup(self, tracked: TrackedRequest, lookup: PendingLookup) -> None:
+        """vLLM goes on without the answer. If it is there all the same, what the server has need not be offered to it again."""
+        tracked.lookup = None
+        if not lookup.wait(0.0):
+            lookup.abandon()
+            return
+        with contextlib.suppress(LMCacheError):
+            tracked.hit_chunks = lookup.result().l1_chunks
 
     def _span_to_load(self, tracked: TrackedRequest, num_tokens: int) -> ChunkSpan:
         chunk_size, block_size = tracked.namespace.chunk_size, tracked.block_size
