@@ -98,6 +98,7 @@ UNTIMED = {
     ("client/kvcache.py", "_call_once", "result"),  # ReplyFuture.result: by the request's deadline
     ("client/kvcache.py", "result", "result"),  # the same
     ("integration/vllm/scheduler.py", "_hit_chunks", "result"),  # PendingLookup.result of one that is settled
+    ("integration/vllm/scheduler.py", "_end_lookup", "result"),  # the same
     ("client/kvcache.py", "_on_late_reply", "result"),  # its reply is there
     ("client/mq.py", "call", "result"),  # by the request's deadline
     ("client/mq.py", "read_until", "recv"),  # RCVTIMEO is set right before

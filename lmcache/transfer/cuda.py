@@ -8,9 +8,9 @@ way, through slots of their own, so that both directions run at once:
                                .....................| copy slot 0 to host| copy slot 1 to host ...
     store, beside an engine    compute --event--> | gather | copy to host | gather | copy to host ...
     load                       | copy to slot 0 | copy to slot 1 | ... after scatter 0, copy to slot 0
-                               .................| scatter slot 0 | scatter slot 1 ... --event--> compute
+                               .................| scatter slot 0 | scatter slot 1 ...
 
-Beside an engine all is handed over while the step before still computes: not a line of Python runs while the next one does.
+Beside an engine a store is handed over at once, ahead of the GPU: it waits for nothing that would have to be looked for.
 
 Nothing runs in a stream's callback. Every wait of the host has a deadline; one that passes leaves a copy that may still
 write: that is a `StuckTransferError`, after which the extents must not be given back to the server while this process lives.

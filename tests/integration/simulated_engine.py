@@ -157,7 +157,7 @@ class SimEngine:
             cached.new_block_ids.append((new_blocks,) if new_blocks else None)
             cached.num_computed_tokens.append(request.num_computed)
             work.append(self._commit(request, count, output))
-        for request in sorted(self.waiting, key=lambda request: not request.is_loading):
+        for request in sorted(self.waiting, key=lambda request: not request.block_ids):  # those that keep blocks
             if not budget:
                 break
             if request.is_loading and not self._promote(request):

@@ -25,6 +25,9 @@ class Worker:
     def take_released(self):
         return {f"after {self.stored}"}
 
+    def take_received(self):
+        return {f"received in {self.stored[-1]}"}
+
 
 @pytest.mark.parametrize("save_comes", ["before", "after", "never"])
 def test_a_steps_chunks_are_stored_once_and_before_its_requests_are_released(save_comes):
@@ -35,7 +38,7 @@ def test_a_steps_chunks_are_stored_once_and_before_its_requests_are_released(sav
         connector.bind_connector_metadata(PlanMetadata(StepPlan(number=number)))
         if save_comes == "before":
             connector.wait_for_save()
-        assert connector.get_finished(set()) == ({f"after {[*range(1, number + 1)]}"}, None)
+        assert connector.get_finished(set()) == ({f"after {[*range(1, number + 1)]}"}, {f"received in {number}"})
         if save_comes == "after":
             connector.wait_for_save()
         connector.clear_connector_metadata()

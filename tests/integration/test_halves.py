@@ -618,6 +618,28 @@ def test_what_both_the_engines_own_cache_and_the_server_have_is_not_offered_agai
         wait_until(lambda: server.status()["l1"]["pins"] == 0, "nothing is pinned")
 
 
+def test_a_store_begins_with_the_step_after_its_own_or_when_none_follows(server, monkeypatch):
+    monkeypatch.setattr(background, "MAX_GATED_SECONDS", 3600.0)
+    started = []
+    stores = background.BackgroundStores(lambda job: started.append((job.span.request_id, job.fence)))
+    try:
+        spans = [StoreSpan(name, bytes(KEY_BYTES), [0], 1) for name in "abc"]
+        stores.submit(1, spans[:1], "after step 1")
+        stores.submit(2, spans[1:2], "after step 2")
+        assert (stores.is_gated, stores.done_up_to, stores.is_reading("a")) == (True, 0, True)
+        time.sleep(0.05)
+        assert started == []
+        stores.open_gate("sampled")
+        wait_until(lambda: stores.done_up_to == 2, "both have been carried out")
+        assert started == [("a", "sampled"), ("b", "sampled")]
+        monkeypatch.setattr(background, "MAX_GATED_SECONDS", 0.0)
+        stores.submit(3, spans[2:], "after step 3")
+        wait_until(lambda: stores.done_up_to == 3, "no step follows")
+        assert started[2:] == [("c", "after step 3")]
+    finally:
+        stores.close(5.0)
+
+
 SLOW = functools.partial(LaterCopier, pause_seconds=0.05)
 
 

@@ -1,7 +1,8 @@
 """Stores that go on while the engine computes: what KV on a GPU needs, where a copy to the host takes longer than a step.
 
 Comes in: the stores of each step, and an event after which the blocks hold what is to be stored. Goes out: the same stores, one
-after the other, on a thread of their own. Until a store has read its blocks they must stay what they are:
+after the other, on a thread of their own, once the next step has begun: then the tokens of this one have been sampled, and
+their copy to the host waits for none of ours. Until a store has read its blocks they must stay what they are:
 
     the request runs       the engine does not write to the blocks of tokens that are computed
     the request has ended  the scheduler keeps its blocks (`StepPlan.held`) until `is_reading` says no
@@ -27,6 +28,8 @@ logger = init_logger(__name__)
 # are dropped, so that an ended request's blocks are soon free again.
 MAX_PENDING_CHUNKS = 512
 IDLE_SECONDS = 0.5
+# Where no step follows so long, nothing is left that a store could hold up.
+MAX_GATED_SECONDS = 0.05
 
 
 class StoreJob:
@@ -36,6 +39,7 @@ class StoreJob:
         self.plan_number = plan_number
         self.span = span
         self.fence = fence
+        self.may_start_at = time.monotonic() + MAX_GATED_SECONDS
         self.is_cancelled = False  # the blocks are no longer the request's
 
 
@@ -53,6 +57,7 @@ class BackgroundStores:
         self._jobs: deque[StoreJob] = deque()  # the first one is in work
         self._num_pending_chunks = 0
         self._last_plan = 0
+        self._open_up_to = 0
         self._changed = threading.Condition()
         self._is_closing = False
         self._log = RateLimitedLog(logger)
@@ -73,6 +78,21 @@ class BackgroundStores:
             self._changed.notify()
         if num_dropped:
             self._log.warning("dropped", f"stores do not keep up: {num_dropped} chunks were not stored")
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether stores wait for the next step to begin."""
+        with self._changed:
+            return self._open_up_to < self._last_plan
+
+    def open_gate(self, fence: Any) -> None:
+        """A step begins: what was queued may go on, after an event that comes after all of the step before."""
+        with self._changed:
+            for job in self._jobs:
+                if job.plan_number > self._open_up_to:
+                    job.fence = fence
+            self._open_up_to = self._last_plan
+            self._changed.notify()
 
     @property
     def done_up_to(self) -> int:
@@ -107,13 +127,22 @@ class BackgroundStores:
         self._prepare_thread()
         while True:
             with self._changed:
-                while not self._jobs:
-                    if self._is_closing:
-                        return
-                    self._changed.wait(timeout=IDLE_SECONDS)
+                while (wait_seconds := self._seconds_to_wait()) > 0:
+                    self._changed.wait(timeout=wait_seconds)
+                if not self._jobs:
+                    return
                 job = self._jobs[0]
             if not job.is_cancelled:
                 self._store(job)
             with self._changed:
                 self._jobs.popleft()
                 self._num_pending_chunks -= job.span.num_chunks
+
+    def _seconds_to_wait(self) -> float:
+        """Return how long there is nothing to do; 0 for the first job, or for the end."""
+        if self._is_closing:
+            return 0.0
+        if not self._jobs:
+            return IDLE_SECONDS
+        job = self._jobs[0]
+        return 0.0 if job.plan_number <= self._open_up_to else max(0.0, job.may_start_at - time.monotonic())

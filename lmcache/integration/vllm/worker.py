@@ -162,6 +162,8 @@ class WorkerHalf:
     def load(self, plan: StepPlan) -> None:
         """Fill the blocks of the plan's loads, or begin to; those that could not be filled are remembered."""
         self._held |= plan.held
+        if self._background is not None and self._background.is_gated and self._copier is not None:
+            self._background.open_gate(self._copier.fence())
         for span in plan.loads:
             self._begin_load(span, plan.number, is_awaited=self._copies_later)
         if plan.loads:
