@@ -441,6 +441,7 @@ class KVCacheClient:
         self._software = ", ".join([f"lmcache {__version__}", *software])
         self._inline = inline
         self.tally = Tally()
+        self._posted: list[Report] = []  # since the last heartbeat
         self._lock = threading.Lock()
         self._introducing = threading.Lock()
         self._attachment: Attachment | None = None
@@ -656,13 +657,24 @@ class KVCacheClient:
                 wait, backoff = backoff, min(backoff * 2, BACKOFF_MAX_SECONDS)
 
     def _beat_once(self) -> float:
+        with self._lock:
+            posted, self._posted = self._posted, []
         attachment = self._attachment
-        reply = self.mq.call(
-            Noop(client=attachment.client_id if attachment else None),
-            timeout_seconds=min(self.mq.timeout_seconds, BACKOFF_MAX_SECONDS),
-        )
+        try:
+            reply = self.mq.call(
+                Noop(client=attachment.client_id if attachment else None),
+                timeout_seconds=min(self.mq.timeout_seconds, BACKOFF_MAX_SECONDS),
+            )
+        except LMCacheError:
+            with self._lock:
+                self._posted = posted + self._posted
+            raise
         if attachment is not None and reply.boot != attachment.boot:
             self._retire(attachment)
+            attachment = None
+        for report in posted:  # what was posted to a life that has ended has been counted by nobody
+            if attachment is None or report.client != attachment.client_id:
+                self.tally.give_back(report)
         self._down_reason = ""
         attachment = self.attach()
         self._report(attachment)
@@ -686,6 +698,9 @@ class KVCacheClient:
         if report is not None:
             try:
                 self.mq.post(report)
+                if self._heartbeat is not None:  # which finds out whether it was counted
+                    with self._lock:
+                        self._posted.append(report)
                 self.mq.read_what_came()  # an engine that only loads would never read what it is answered
             except UnreachableError:
                 self.tally.give_back(report)

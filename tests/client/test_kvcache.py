@@ -12,7 +12,7 @@ from lmcache.client.kvcache import KVCacheClient, checksum
 from lmcache.errors import ChecksumError, DeadlineError, PoolError, RemoteError, StaleReadError, UnreachableError
 from lmcache.keys import KEY_BYTES, chunk_keys
 from lmcache.pool import PAGE_BYTES, Presence
-from lmcache.protocol import Clear, Evict, HelloReply, NoopReply, PinReport, StoreOutcome
+from lmcache.protocol import Clear, Evict, FailureReason, Goodbye, HelloReply, NoopReply, PinReport, StoreOutcome
 from tests.fakes import Proxy, ScriptedPeer, reply_of, seconds
 from tests.pools import content, key, keys, server_in, status_of, wait_until
 from tests.server.harness import LAYOUT, namespace
@@ -249,6 +249,17 @@ def test_reports_that_nobody_waits_for_do_not_pile_up_their_replies(server, pair
         worker.post_report()
     wait_until(lambda: status_of(server)["counters"]["retrieved_chunks"] == 3000)
     assert status_of(server)["counters"]["replies_dropped"] == 0
+
+
+def test_what_was_posted_to_a_life_that_has_ended_is_counted_once_in_the_next(server):
+    with KVCacheClient(server.endpoints.zmq, heartbeat=True, heartbeat_seconds=0.02) as client:
+        for expected in (3, 6):
+            client.mq.call(Goodbye(client=client.attach().client_id))  # the server forgets us, and we do not know
+            client.tally.add(failed_blocks={FailureReason.MISSING: 3})
+            client.post_report()
+            wait_until(lambda: status_of(server)["counters"]["retrieve_failed"]["missing"] == expected)  # noqa: B023
+        time.sleep(0.1)
+        assert status_of(server)["counters"]["retrieve_failed"]["missing"] == 6
 
 
 # -- bytes that changed -----------------------------------------------------------------------------------------------
