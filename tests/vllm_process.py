@@ -144,26 +144,25 @@ class VllmServer:
         return "\n".join(self.log_text().splitlines()[-LOG_TAIL_LINES:])
 
     def kill(self) -> None:
-        """End all its processes at once, as a lack of memory does; the shared memory that nobody is left to remove goes too."""
-        process = self._process
-        assert process is not None
-        inodes = {inode for member in _group_members(process.pid) for inode in _mapped_inodes(member.pid)}
-        _signal_group(process.pid, signal.SIGKILL)
-        self.close()
-        for pattern in ("psm_*", "sem.mp-*"):  # multiprocessing's segments and semaphores
-            for path in SHARED_MEMORY.glob(pattern):
-                if path.stat().st_ino in inodes:
-                    path.unlink()
+        """End all its processes at once, as a lack of memory does."""
+        assert self._process is not None
+        self._end(signal.SIGKILL)
 
     def close(self) -> None:
         """End the whole process group and confirm that it is gone; a second call does nothing."""
+        self._end(signal.SIGTERM, signal.SIGKILL)
+
+    def _end(self, *numbers: signal.Signals) -> None:
+        """Send signals until all have ended; the shared memory that nobody is left to remove goes too."""
         process, self._process = self._process, None
         if process is None:
             return
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        inodes = {inode for member in _group_members(process.pid) for inode in _mapped_inodes(member.pid)}
+        for number in numbers:
             # The system gives this id to nobody else while the group has a member.
             _signal_group(process.pid, number)
             if _wait_for_group_to_end(process, STOP_SECONDS):
+                _remove_shared_memory(inodes)
                 if self._scratch:
                     self._scratch.cleanup()
                 return
@@ -182,6 +181,15 @@ class VllmServer:
                 pass  # not listening yet
             time.sleep(0.2)
         raise RuntimeError(f"vLLM not healthy in {self._start_seconds:g} s:\n{self.log_tail()}")
+
+
+def _remove_shared_memory(inodes: set[int]) -> None:
+    # multiprocessing's segments and semaphores, and those through which vLLM's ranks talk on a CPU: it never removes them.
+    for pattern in ("psm_*", "sem.mp-*", "vllm_dist_*"):
+        for path in SHARED_MEMORY.glob(pattern):
+            with suppress(FileNotFoundError):
+                if path.stat().st_ino in inodes:
+                    path.unlink()
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
@@ -213,5 +221,8 @@ def _group_members(group: int) -> list[psutil.Process]:
 
 def _mapped_inodes(pid: int) -> set[int]:
     """The files that a process has mapped. Not by name: a semaphore is mapped before it gets the one that it keeps."""
-    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:  # it has just ended
+        return set()
     return {int(line.split(maxsplit=5)[4]) for line in lines} - {0}
