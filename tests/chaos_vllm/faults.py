@@ -108,7 +108,8 @@ class Faults:
                 keys = self._generator.randbytes(KEY_BYTES * (capacity // CHUNK_BYTES))
                 with client.reserve(keys, CHUNK_BYTES) as reservation:
                     if StoreOutcome.RESERVED not in reservation.outcomes:
-                        self.failures.append("a flood got no room in L1")
+                        l1 = self._server.now.status()["l1"]
+                        self.failures.append(f"a flood got no room in L1: {Counter(reservation.outcomes)}, {l1}")
                     time.sleep(self._generator.uniform(*FULL_SECONDS))
                     if self._generator.random() < 0.5:
                         for extent in reservation.extents:
