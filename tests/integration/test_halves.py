@@ -681,6 +681,22 @@ def test_a_request_whose_awaited_load_fails_computes_and_stores_and_does_not_try
         assert setup.check_stored(prompt) == 6
 
 
+def test_a_request_that_vllm_asks_about_again_does_not_load_again_though_no_report_named_its_blocks(server):
+    """The report on a plan comes when all its loads are over, its failed blocks may have come before."""
+    prompt = prompt_of(57, 48)
+    with Setup(server, make_copier=SLOW) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        request = SimRequest("b", [*prompt, 1], max_tokens=0)
+        setup.engine.add(request)
+        step_until(setup, lambda: request.is_loading)
+        assert setup.scheduler.match(request, 0) == 0
+        setup.scheduler.allocated("b", [1, 2], 0)
+        assert not setup.scheduler._tracked["b"].is_loading
+        assert setup.scheduler.match(request, 0) == 0
+        request.has_failed, request.num_computed = True, 0
+        setup.run()
+
+
 def test_the_blocks_of_a_request_that_is_aborted_while_it_waits_are_free_when_its_load_is_over(server):
     prompt = prompt_of(53, 48)
     with Setup(server, make_copier=SLOW) as setup:

@@ -190,6 +190,8 @@ class SchedulerHalf:
         if tracked is None:
             return 0
         chunk_size = tracked.namespace.chunk_size
+        if tracked.is_loading:  # nothing is left of its load, or vLLM would not ask again
+            tracked.has_failed, tracked.stored_chunks = True, 0
         if not self._can_load or tracked.has_failed or self._usable_chunks(tracked) * chunk_size <= num_computed_tokens:
             return 0
         hit_chunks = self._hit_chunks(tracked)
