@@ -207,17 +207,23 @@ def seconds_until_free(engine: Engine) -> float:
     return time.monotonic() - started
 
 
-def main() -> None:
-    """Print the figures and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark with an engine on a GPU takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--l1-gib", type=float, default=40.0)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--mixed", type=int, default=100)
-    parser.add_argument("--load", type=int, default=48)
     parser.add_argument("--log-dir", type=Path)
     parser.add_argument("vllm_flags", nargs="*")
+    return parser
+
+
+def main() -> None:
+    """Print the figures and the JSON line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--mixed", type=int, default=100)
+    parser.add_argument("--load", type=int, default=48)
     args = parser.parse_args()
     end_on_sigterm()
     wire = pinned_gb_per_s()

@@ -10,7 +10,6 @@ python benchmarks/gpu_timeline.py --model DIR [--lengths 2048 8192 32768] [--rep
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from contextlib import ExitStack
@@ -20,7 +19,17 @@ import torch
 from common import percentile, report, server
 from connectors import STAMPS
 from engines import Answer, Engine, end_on_sigterm, make_prompt, python_path, read_stamps, transfer_flags
-from gpu_engine import CHUNK_TOKENS, IDLE_SECONDS, KV_BYTES_PER_TOKEN, NEW_TOKENS, Cache, engine_env, pinned_gb_per_s, reset
+from gpu_engine import (
+    CHUNK_TOKENS,
+    IDLE_SECONDS,
+    KV_BYTES_PER_TOKEN,
+    NEW_TOKENS,
+    Cache,
+    engine_env,
+    make_parser,
+    pinned_gb_per_s,
+    reset,
+)
 
 TIMELINE = {
     "api_received": "the API server has the request",
@@ -90,14 +99,7 @@ def _median_ms(seconds: list[float]) -> float:
 
 def main() -> None:
     """Print the tables and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--l1-gib", type=float, default=40.0)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--log-dir", type=Path)
-    parser.add_argument("vllm_flags", nargs="*")
-    args = parser.parse_args()
+    args = make_parser(__doc__).parse_args()
     end_on_sigterm()
     wire = pinned_gb_per_s()
     with ExitStack() as stack:

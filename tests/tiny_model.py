@@ -18,6 +18,17 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 SPECIAL_TOKENS = ["<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
+COMMON: dict[str, Any] = {
+    "vocab_size": MAX_VOCAB_SIZE,
+    "max_position_embeddings": MAX_POSITIONS,
+    # At the usual 0.02 attention hardly counts and greedy output repeats one token. At 0.03 one
+    # changed token changes the answer, so wrong KV shows; above, bf16 rounding has its say.
+    "initializer_range": 0.03,
+    "tie_word_embeddings": False,
+    "bos_token_id": SPECIAL_TOKENS.index("<|bos|>"),
+    "eos_token_id": SPECIAL_TOKENS.index("<|end|>"),
+    "pad_token_id": SPECIAL_TOKENS.index("<|pad|>"),
+}
 
 
 def make_tiny_tokenizer(directory: Path) -> Path:
@@ -59,15 +70,7 @@ def make_tiny_model(directory: Path) -> Path:
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=64,
-        vocab_size=MAX_VOCAB_SIZE,
-        max_position_embeddings=MAX_POSITIONS,
-        # At the usual 0.02 attention hardly counts and greedy output repeats one token. At 0.03 one
-        # changed token changes the answer, so wrong KV shows; above, bf16 rounding has its say.
-        initializer_range=0.03,
-        tie_word_embeddings=False,
-        bos_token_id=SPECIAL_TOKENS.index("<|bos|>"),
-        eos_token_id=SPECIAL_TOKENS.index("<|end|>"),
-        pad_token_id=SPECIAL_TOKENS.index("<|pad|>"),
+        **COMMON,
     )
     return _write_model(directory, LlamaForCausalLM, config)
 
@@ -93,13 +96,7 @@ def make_tiny_mla_model(directory: Path) -> Path:
         num_experts_per_tok=1,
         n_group=1,
         topk_group=1,
-        vocab_size=MAX_VOCAB_SIZE,
-        max_position_embeddings=MAX_POSITIONS,
-        initializer_range=0.03,
-        tie_word_embeddings=False,
-        bos_token_id=SPECIAL_TOKENS.index("<|bos|>"),
-        eos_token_id=SPECIAL_TOKENS.index("<|end|>"),
-        pad_token_id=SPECIAL_TOKENS.index("<|pad|>"),
+        **COMMON,
     )
     return _write_model(directory, DeepseekV2ForCausalLM, config)
 

@@ -231,11 +231,9 @@ class WorkerHalf:
             load.finish()
             with load.pinned:
                 load.pinned.verify()
-        except StuckTransferError as exc:  # the chunks stay pinned: the device may still read them
-            load.transfer.give_up()
-            self._note_failure("load", exc)
-            return self._end_load(load.span, 0, failure_reason(exc))
         except Exception as exc:  # whatever it is, vLLM must hear which blocks are not filled
+            if isinstance(exc, StuckTransferError):  # the chunks stay pinned: the device may still read them
+                load.transfer.give_up()
             self._note_failure("load", exc)
             return self._end_load(load.span, 0, failure_reason(exc))
         if load.num_blocks < len(load.span.block_ids):
