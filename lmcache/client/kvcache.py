@@ -577,8 +577,9 @@ class KVCacheClient:
             return Attachment(hello, None, None)
 
     def _retire(self, attachment: Attachment) -> None:
+        """End an introduction that is of no more use; while we leave it is `close` who ends it, with a goodbye."""
         with self._lock:
-            if self._attachment is attachment:
+            if self._attachment is attachment and not self._stop.is_set():
                 self._attachment = None
                 attachment.release()
 
@@ -645,6 +646,8 @@ class KVCacheClient:
             try:
                 wait, backoff = self._beat_once(), 0.1
             except LMCacheError as exc:
+                if self._stop.is_set():
+                    return  # it was `close` that ended the wait
                 # Something else may answer there, now or later. Who was connected and is silent is frozen: no need to look.
                 is_worth_a_look = not self._down_reason or not isinstance(exc, DeadlineError)
                 self._down_reason = str(exc)

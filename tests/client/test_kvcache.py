@@ -162,6 +162,37 @@ def test_closing_gives_everything_back_and_is_noticed_at_once(server, client):
     assert status_of(server)["clients"] == []
 
 
+@pytest.mark.parametrize("who_is_late", ["the heartbeat", "another thread"])
+def test_closing_says_goodbye_also_for_a_thread_that_it_turned_away(server, who_is_late):
+    """A call that begins while the client closes fails; the server must not go on counting a client that has left."""
+    gpu = Gpu()
+    client = KVCacheClient(server.endpoints.zmq, heartbeat=True, heartbeat_seconds=0.02, kind="engine-worker")
+    client.watch_pins(lambda: gpu.pins)
+    client.register(namespace(), LAYOUT)
+    wait_until(lambda: told_of(server)[0] == [msgspec.to_builtins(gpu.pins)])
+    is_late = threading.Event()
+
+    def look_up():
+        with pytest.raises(UnreachableError, match="closed"):
+            client.lookup(keys(1))
+
+    def answer_late():
+        """Asked by the heartbeat, which has to report the answer to the server, and by `close`."""
+        is_late.set()
+        wait_until(lambda: client.mq._usable_by is not None)
+        if threading.current_thread() is client._heartbeat and who_is_late == "another thread":
+            thread = threading.Thread(target=look_up)
+            thread.start()
+            thread.join()
+            return None
+        return msgspec.structs.replace(gpu.pins, pinned_bytes=50)
+
+    client.watch_pins(answer_late)
+    assert is_late.wait(30)
+    client.close()
+    assert told_of(server)[0] == []
+
+
 # -- places that another client was told ------------------------------------------------------------------------------
 
 
