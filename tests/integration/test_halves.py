@@ -681,6 +681,24 @@ def test_a_request_whose_awaited_load_fails_computes_and_stores_and_does_not_try
         assert setup.check_stored(prompt) == 6
 
 
+def test_what_an_awaited_load_did_not_bring_is_computed_and_offered_again_and_nothing_else(server):
+    prompt = prompt_of(58, 48)
+    with Setup(server, make_copier=SLOW) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        setup.wait_for_stores()
+        client, offered = setup.worker_client, []
+        pin, reserve = client.pin, client.reserve
+        client.borrow = lambda *args: None
+        client.pin = lambda keys, *args: pin(keys[: 2 * KEY_BYTES], *args)
+        client.reserve = lambda keys, *args: offered.append(len(keys) // KEY_BYTES) or reserve(keys, *args)
+        request = SimRequest("b", [*prompt, 1], max_tokens=0)
+        setup.run(request)
+        assert request.has_failed
+        assert setup.engine.num_failed_loads == 1
+        setup.wait_for_stores()
+        assert sum(offered) == 4, "of six chunks two were loaded"
+
+
 def test_a_request_that_vllm_asks_about_again_does_not_load_again_though_no_report_named_its_blocks(server):
     """The report on a plan comes when all its loads are over, its failed blocks may have come before."""
     prompt = prompt_of(57, 48)

@@ -191,7 +191,7 @@ class SchedulerHalf:
             return 0
         chunk_size = tracked.namespace.chunk_size
         if tracked.is_loading:  # nothing is left of its load, or vLLM would not ask again
-            tracked.has_failed, tracked.stored_chunks = True, 0
+            tracked.has_failed = True
         if not self._can_load or tracked.has_failed or self._usable_chunks(tracked) * chunk_size <= num_computed_tokens:
             return 0
         hit_chunks = self._hit_chunks(tracked)
@@ -340,6 +340,8 @@ class SchedulerHalf:
                 tracked.block_ids.clear()
                 # Admitted now: what it has not computed itself, this plan or one before has loaded, for it or for another.
                 tracked.rests_on = self._last_load_plan if computed else 0
+                # Of a load that has failed vLLM keeps what came before the failure.
+                tracked.stored_chunks = min(tracked.stored_chunks, computed // tracked.namespace.chunk_size)
             tracked.block_ids += block_ids
             tracked.computed = computed + scheduled[request_id]
             if self._tainted:
@@ -414,9 +416,7 @@ class SchedulerHalf:
         """Let go of what has been loaded, and distrust what came from a load that failed."""
         if any(count > self._known_load_failures.get(rank, 0) for rank, count in report.load_failures.items()):
             self._known_load_failures.update(report.load_failures)
-            if self._copies_later:
-                self._note_failed_loads(set(invalid_block_ids))
-            else:
+            if not self._copies_later:  # else vLLM has computed nothing from these blocks
                 self._distrust(set(invalid_block_ids))
         if self._stored_up_to is not None:
             self._stored_up_to.update(report.stored_up_to)
@@ -424,12 +424,6 @@ class SchedulerHalf:
         for number in [number for number in self._loading if number <= self._all_loaded_up_to()]:
             for request_id in self._loading.pop(number):
                 self.free_pins(request_id)
-
-    def _note_failed_loads(self, invalid: set[int]) -> None:
-        """Nothing was computed from these blocks: vLLM computes them now, and asks again if nothing is left of the load."""
-        for tracked in self._tracked.values():
-            if tracked.is_loading and not invalid.isdisjoint(tracked.block_ids):
-                tracked.has_failed, tracked.stored_chunks = True, 0
 
     def _distrust(self, invalid: set[int]) -> None:
         """Mark the invalid blocks and all that may have been computed from them.
