@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import httpx
 
-from lmcache.client.kvcache import KVCacheClient
+from lmcache.client.kvcache import KVCacheClient, Reservation
 from lmcache.errors import LMCacheError
 from lmcache.keys import KEY_BYTES
 from lmcache.protocol import StoreOutcome
@@ -38,6 +38,7 @@ class Faults:
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
         self.longest_return_seconds = 0.0
+        self.waits_for_room = 0
         self._engine = engine
         self._server = server
         self._generator = generator
@@ -103,20 +104,31 @@ class Faults:
     def _fill(self) -> None:
         """Reserve all of L1 that is not pinned, so that nothing can be stored; then publish it or give it back."""
         try:
-            with KVCacheClient(self._server.now.zmq_url, kind="flood") as client:
-                capacity = self._server.now.status()["l1"]["capacity_bytes"]
-                keys = self._generator.randbytes(KEY_BYTES * (capacity // CHUNK_BYTES))
-                with client.reserve(keys, CHUNK_BYTES) as reservation:
-                    if StoreOutcome.RESERVED not in reservation.outcomes:
-                        l1 = self._server.now.status()["l1"]
-                        self.failures.append(f"a flood got no room in L1: {Counter(reservation.outcomes)}, {l1}")
-                    time.sleep(self._generator.uniform(*FULL_SECONDS))
-                    if self._generator.random() < 0.5:
-                        for extent in reservation.extents:
-                            extent[:] = b"\x3f" * len(extent)
-                        reservation.commit()
+            with KVCacheClient(self._server.now.zmq_url, kind="flood") as client, self._reserve_room(client) as reservation:
+                time.sleep(self._generator.uniform(*FULL_SECONDS))
+                if self._generator.random() < 0.5:
+                    for extent in reservation.extents:
+                        extent[:] = b"\x3f" * len(extent)
+                    reservation.commit()
         except LMCacheError as exc:
             self.failures.append(f"flood: {exc!r}")
+
+    def _reserve_room(self, client: KVCacheClient) -> Reservation:
+        """Where many requests wait, all of L1 may be pinned for them, but not for long."""
+        l1 = self._server.now.status()["l1"]
+        keys = self._generator.randbytes(KEY_BYTES * (l1["capacity_bytes"] // CHUNK_BYTES))
+        deadline = time.monotonic() + COMMAND_SECONDS
+        while True:
+            reservation = client.reserve(keys, CHUNK_BYTES)
+            if StoreOutcome.RESERVED in reservation.outcomes:
+                return reservation
+            l1 = self._server.now.status()["l1"]
+            reservation.abort()
+            if time.monotonic() > deadline:
+                held = {name: l1[name] for name in ("chunks", "pins", "reserved_bytes")}
+                raise LMCacheError(f"no room in L1: {Counter(reservation.outcomes)}, {held}")
+            self.waits_for_room += 1
+            time.sleep(0.05)
 
     def _forget(self) -> None:
         """vLLM refuses as long as a request has blocks, which it often has."""

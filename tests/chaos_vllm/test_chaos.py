@@ -170,6 +170,7 @@ def test_answers_are_right_and_nothing_is_held_whatever_happens(
         f"failed loads {server.total('retrieve_failed')} blocks, failed lookups {server.total('lookup_failed')}, "
         f"evicted {server.total('evicted_chunks')} chunks, full {server.total('store_rejected_chunks.full')}, "
         f"adopted {server.adopted_chunks}; preempted {engine.metric('vllm:num_preemptions_total') - preempted_before:.0f}; "
+        f"waited {faults.waits_for_room} times for room in L1; "
         f"longest request {tally.longest_seconds:.1f} s, longest return of the engine {faults.longest_return_seconds:.1f} s"
     )
     assert not tally.errors
