@@ -74,6 +74,8 @@ class ChunkCopier(ABC):
     copies_later = False
     # What moves the bytes, for people.
     backend = "cpu"
+    # Whether that is the fast way of the device.
+    is_native = True
 
     def __init__(self, layout: KVLayout, num_blocks: int) -> None:
         self.layout = layout

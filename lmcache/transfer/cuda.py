@@ -219,7 +219,7 @@ class CudaCopier(ChunkCopier):
     Args:
         planes: one for each plane of each layer, as `cpu.block_planes` returns them.
         staging_bytes: device memory for the slots of both directions, taken now.
-        uses_triton: None takes Triton where it is installed.
+        uses_triton: None takes Triton where it is installed and works.
     Raises: LayoutMismatchError when the planes are not what the layout says; CudaError without a driver.
     """
 
@@ -288,7 +288,12 @@ class CudaCopier(ChunkCopier):
     @property
     def backend(self) -> str:  # type: ignore[override]
         """What moves the bytes, for people."""
-        return "cuda, Triton" if self._mover.uses_triton else "cuda, PyTorch (slower)"
+        return "cuda, Triton" if self.is_native else "cuda, PyTorch (slower)"
+
+    @property
+    def is_native(self) -> bool:  # type: ignore[override]
+        """Whether it is the fast way of this device that moves them."""
+        return self._mover.uses_triton
 
     def pin_report(self) -> PinReport:
         """Return how much of the mapped pool is pinned, and what was copied without."""

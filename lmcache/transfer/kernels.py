@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,22 +28,22 @@ class BlockMover:
 
     Args:
         planes: [num_blocks, block bytes] uint8 each, in chunk order; strided, and all of the same shape.
-        uses_triton: None takes Triton where it is installed.
+        uses_triton: None takes Triton where it is installed and works.
     """
 
     def __init__(self, planes: Sequence[torch.Tensor], uses_triton: bool | None = None) -> None:
         self._planes = list(planes)
         self._block_bytes = planes[0].shape[1]
         self._triton: TritonMover | None = None
-        self.uses_triton = find_spec("triton") is not None if uses_triton is None else uses_triton
-        if self.uses_triton:
-            from lmcache.transfer.triton_kernel import TritonMover
+        if uses_triton is None:
+            self._triton = _triton_mover_if_it_works(planes)
+        elif uses_triton:
+            self._triton = _triton_mover(planes)
 
-            numbers = [plane.data_ptr() for plane in planes], [plane.stride(0) for plane in planes]
-            addresses, strides = torch.tensor(numbers, dtype=torch.int64, device=planes[0].device)
-            self._triton = TritonMover(addresses, strides, self._block_bytes, _word_bytes(planes))
-        else:
-            logger.warning("Triton is not installed: KV blocks are gathered by PyTorch, one launch a layer, which is slower")
+    @property
+    def uses_triton(self) -> bool:
+        """Whether one launch moves all planes."""
+        return self._triton is not None
 
     def gather(
         self,
@@ -108,6 +107,24 @@ class BlockMover:
             else:
                 rows = packed[:, index].reshape(-1, self._block_bytes)
                 plane[block_ids[is_wanted]] = rows[is_wanted]
+
+
+def _triton_mover(planes: Sequence[torch.Tensor]) -> TritonMover:
+    from lmcache.transfer.triton_kernel import TritonMover
+
+    numbers = [plane.data_ptr() for plane in planes], [plane.stride(0) for plane in planes]
+    addresses, strides = torch.tensor(numbers, dtype=torch.int64, device=planes[0].device)
+    return TritonMover(addresses, strides, planes[0].shape[1], _word_bytes(planes))
+
+
+def _triton_mover_if_it_works(planes: Sequence[torch.Tensor]) -> TritonMover | None:
+    """Triton may be missing, or find no C compiler, which it needs when it runs: that is told, and PyTorch does its work."""
+    try:
+        return _triton_mover(planes)
+    except Exception as exc:  # whatever it is, there is another way
+        reason = "is not installed" if isinstance(exc, ModuleNotFoundError) else f"does not work here ({exc!r})"
+        logger.warning("Triton %s: KV blocks are gathered by PyTorch, one launch a layer, which is slower", reason)
+        return None
 
 
 def _word_bytes(planes: Sequence[torch.Tensor]) -> int:

@@ -275,3 +275,18 @@ def test_an_engine_whose_tensor_of_all_layers_is_not_understood_serves_without_t
     assert connector._worker._client.layout is None
     assert "of 4 layers" in connector.get_handshake_metadata().hello.refusal
     assert "serving without the KV cache: the tensor of all layers" in caplog.text
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_an_engine_that_requires_the_fast_way_does_not_start_without_it(monkeypatch, is_native):
+    """INS-2. The copier is the CPU's; that it is the slow one is made up."""
+    monkeypatch.setattr(CpuCopier, "is_native", is_native)
+    connector = make_connector(monkeypatch, {"lmcache.mp.require_native": True})
+    kv_caches = {name: torch.zeros(FULL, dtype=torch.bfloat16) for name in NAMES}
+    if is_native:
+        connector.register_kv_caches(kv_caches)
+        assert connector._worker._client.layout is not None
+    else:
+        with pytest.raises(ValueError, match=r"lmcache\.mp\.require_native: .* hint: "):
+            connector.register_kv_caches(kv_caches)
+        assert connector._worker._client.layout is None

@@ -72,3 +72,23 @@ def test_triton_moves_blocks_as_the_reference_does():
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("exc", "told"),
+    [
+        (RuntimeError("Failed to find C compiler"), "does not work here (RuntimeError('Failed to find C compiler'))"),
+        (ModuleNotFoundError("No module named 'triton'"), "is not installed"),
+    ],
+)
+def test_where_triton_does_not_work_pytorch_takes_over_and_that_is_told(monkeypatch, caplog, exc, told):
+    def fail(*args):
+        raise exc
+
+    monkeypatch.setattr("lmcache.transfer.triton_kernel.TritonMover", fail)
+    check_like_the_reference(uses_triton=None)
+    assert {record.getMessage() for record in caplog.records} == {
+        f"Triton {told}: KV blocks are gathered by PyTorch, one launch a layer, which is slower"
+    }
+    with pytest.raises(type(exc)):
+        BlockMover([torch.zeros(1, 16, dtype=torch.uint8)], uses_triton=True)

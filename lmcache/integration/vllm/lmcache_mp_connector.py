@@ -82,7 +82,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         self._worker: WorkerHalf | None = None
         self._scheduler: SchedulerHalf | None = None
         if is_worker:
-            self._worker = WorkerHalf(client, config.staging_bytes)
+            self._worker = WorkerHalf(client, config.staging_bytes, config.requires_native)
         else:
             self._scheduler = SchedulerHalf(
                 client,

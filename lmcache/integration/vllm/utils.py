@@ -47,6 +47,8 @@ class ConnectorConfig:
     staging_bytes: int = STAGING_BYTES
     # Ask vLLM to keep all layers of a block side by side.
     cross_layer_blocks: bool = False
+    # Do not start where KV on a GPU would be copied in the slower way.
+    requires_native: bool = False
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
@@ -64,6 +66,7 @@ class ConnectorConfig:
             "lmcache.mp.save_decode_cache": _flag,
             "lmcache.mp.staging_mib": _mebibytes,
             "lmcache.mp.cross_layer_blocks": _flag,
+            "lmcache.mp.require_native": _flag,
         }
         for key in extra:
             if key.startswith(PREFIX) and key not in known:
@@ -89,6 +92,7 @@ class ConnectorConfig:
             saves_decode=values.get("lmcache.mp.save_decode_cache", cls.saves_decode),
             staging_bytes=values.get("lmcache.mp.staging_mib", cls.staging_bytes),
             cross_layer_blocks=values.get("lmcache.mp.cross_layer_blocks", cls.cross_layer_blocks),
+            requires_native=values.get("lmcache.mp.require_native", cls.requires_native),
         )
 
 

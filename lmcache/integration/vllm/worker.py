@@ -42,6 +42,10 @@ from lmcache.transfer.base import TRANSFER_SECONDS, CancelledTransferError, Chun
 logger = init_logger(__name__)
 
 CLOSE_SECONDS = 5.0
+NOT_NATIVE = (
+    "lmcache.mp.require_native: KV blocks would be gathered by PyTorch, which is slower;"
+    " hint: the log says what is wrong with Triton"
+)
 REFUSAL_HINT = "leave out --kv-transfer-config for this model"
 
 
@@ -76,16 +80,23 @@ class LoadUnderWay:
 
 
 class WorkerHalf:
-    """One per worker process; main thread only. Its methods do not raise.
+    """One per worker process; main thread only. Its methods do not raise, but `register` may.
 
     Args:
         client: this process's own.
         staging_bytes: memory of the device that copies may go through.
+        requires_native: refuse to start where the device's fast way of copying does not work.
     """
 
-    def __init__(self, client: KVCacheClient, staging_bytes: int = ConnectorConfig.staging_bytes) -> None:
+    def __init__(
+        self,
+        client: KVCacheClient,
+        staging_bytes: int = ConnectorConfig.staging_bytes,
+        requires_native: bool = ConnectorConfig.requires_native,
+    ) -> None:
         self._client = client
         self._staging_bytes = staging_bytes
+        self._requires_native = requires_native
         self._copier: ChunkCopier | None = None
         self._background: BackgroundStores | None = None
         self._held: set[str] = set()
@@ -107,6 +118,7 @@ class WorkerHalf:
         Args:
             kv_caches: one tensor a layer, by the layer's name; with `attn_backend` one tensor of all layers.
             kv_cache_config: vLLM's; without it the layers are asked for what they keep.
+        Raises: ValueError, which stops vLLM at start, if it `requires_native`.
         """
         from lmcache.transfer import make_copier
 
@@ -120,6 +132,8 @@ class WorkerHalf:
         except Exception as exc:  # an engine that we do not understand serves on without us
             self.refuse(exc)
         else:
+            if self._requires_native and not copier.is_native:
+                raise ValueError(NOT_NATIVE)
             parallel = vllm_config.parallel_config
             self.start(copier, namespace, parallel.rank, parallel.world_size)
 
