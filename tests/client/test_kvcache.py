@@ -591,6 +591,21 @@ def test_an_engine_that_was_given_the_servers_http_port_is_told_so_also_where_it
                 client.lookup(keys(1))
 
 
+def test_an_engine_does_not_wait_its_deadline_for_a_server_that_has_gone(tmp_path):
+    """Nor for the heartbeat to find that out: a store within a step would hold up the engine."""
+    port = free_port()
+    with KVCacheClient(f"tcp://127.0.0.1:{port}", heartbeat=True, heartbeat_seconds=3600, timeout_seconds=3600) as client:
+        with server_in(tmp_path, port=port):
+            client.store(keys(1), chunks_of(1))
+
+        def store():
+            with pytest.raises(UnreachableError):
+                client.store(keys(2), chunks_of(2))
+
+        assert seconds(store) < 600
+        assert client._down_reason
+
+
 def test_no_server_at_all_is_an_error_by_the_deadline():
     with KVCacheClient(f"tcp://127.0.0.1:{free_port()}", timeout_seconds=0.3) as client:
         with pytest.raises(UnreachableError, match="no connection"):
