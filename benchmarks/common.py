@@ -37,9 +37,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server(*flags: str, http: bool = False) -> Iterator[tuple[str, int]]:
-    """Run `lmcache server` as a process; yields its ZMQ address and pid."""
-    port = free_port()
+def server(*flags: str, http: bool = False, port: int = 0) -> Iterator[tuple[str, int]]:
+    """Run `lmcache server` as a process, at a free port unless one is given; yields its ZMQ address and pid."""
+    port = port or free_port()
     command = [sys.executable, "-m", "lmcache.cli.main", "server", "--port", str(port), "--log-level", "WARNING", *flags]
     command += ["--http-port", "0"] if http else ["--no-http"]
     process = subprocess.Popen(command)

@@ -60,6 +60,7 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
         return [sys.executable, str(REPOSITORY / "benchmarks" / f"{name}.py"), *more]
 
     chaos = ["--chaos-seconds", str(args.chaos_seconds), "--chaos-clients", str(args.chaos_clients)]
+    pinning = ["--model", str(args.model), "--", *args.vllm_flags]
     engine = ["--model", str(args.model), "--l1-gib", str(args.l1_gib), "--", *args.vllm_flags]
     return [
         Part("tests", pytest("-m", "gpu"), 400, is_check=True),
@@ -82,6 +83,7 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
         Part("lanes", benchmark("gpu_lanes"), 120, min_gpus=2),
         Part("engine", benchmark("gpu_engine", *engine), 600),
         Part("timeline", benchmark("gpu_timeline", *engine), 400),
+        Part("pinning", benchmark("gpu_pinning", *pinning), 400),
     ]
 
 

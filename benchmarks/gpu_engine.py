@@ -207,11 +207,11 @@ def seconds_until_free(engine: Engine) -> float:
     return time.monotonic() - started
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
+def make_parser(description: str | None, l1_gib: float = 40.0) -> argparse.ArgumentParser:
     """Return a parser of what every benchmark with an engine on a GPU takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--l1-gib", type=float, default=40.0)
+    parser.add_argument("--l1-gib", type=float, default=l1_gib)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--log-dir", type=Path)

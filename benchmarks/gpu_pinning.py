@@ -1,0 +1,189 @@
+"""What does it cost the requests of a running engine that a large pool is pinned for its GPU?
+
+A vLLM with our connector runs without a cache server. While it answers one long request a server is started, whose pool the
+engine then maps and pins in the background: inter-token latency before, meanwhile and after (wanted: not worse by more than 3 %
+meanwhile), and how long pinning takes (wanted: 64 GiB in 5 s). Then the server is started once more while short prompts are
+asked for, one after the other: TTFT without a server, and while the pool is pinned (wanted: not delayed).
+Needs --l1-gib of shared memory. Run, with vLLM's flags for the model behind `--`:
+python benchmarks/gpu_pinning.py --model DIR [--l1-gib 64] -- [VLLM FLAGS]
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import free_port, percentile, report, server
+from engines import MODEL_NAME, REQUEST_SECONDS, Engine, end_on_sigterm, make_prompt, transfer_flags
+from gpu_engine import engine_env, make_parser
+
+from lmcache.client.mq import MessageQueueClient
+from lmcache.protocol import Status
+
+OUTPUT_TOKENS = 2000
+PROMPT_TOKENS = 512
+BASELINE_SECONDS = 3.0
+PINNING_SECONDS = 60.0
+POLL_SECONDS = 0.02
+
+
+class TokenClock:
+    """One long streamed answer, and when each of its tokens came."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.times: list[float] = []
+        self._engine = engine
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether more tokens are to come."""
+        return self._thread.is_alive()
+
+    def join(self) -> None:
+        """Wait for the end of the answer."""
+        self._thread.join(REQUEST_SECONDS)
+
+    def _read(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._engine.port, timeout=REQUEST_SECONDS)
+        body = {
+            "model": MODEL_NAME,
+            "prompt": make_prompt(("clock", time.time()), PROMPT_TOKENS),
+            "max_tokens": OUTPUT_TOKENS,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        while line := response.readline():
+            if line.startswith(b"data: {"):
+                self.times.append(time.monotonic())
+        connection.close()
+
+    def latencies_ms(self, start: float, end: float) -> dict[str, float]:
+        """Return what is to be said of the gaps before tokens that came in [start, end)."""
+        pairs = zip(self.times, self.times[1:], strict=False)
+        gaps = [(after - before) * 1e3 for before, after in pairs if start <= after < end]
+        if not gaps:
+            return {"tokens": 0}
+        figures = {
+            "mean": statistics.fmean(gaps),
+            "median": statistics.median(gaps),
+            "p99": percentile(gaps, 0.99),
+            "max": max(gaps),
+        }
+        return {"tokens": len(gaps), **{name: round(value, 3) for name, value in figures.items()}}
+
+
+class Pinning:
+    """A server that is started now, and how far an engine has come with pinning its pool."""
+
+    def __init__(self, url: str, started_at: float) -> None:
+        self.started_at = started_at
+        self.began_at = self.ended_at = 0.0
+        self._mq = MessageQueueClient(url)
+
+    def is_over(self) -> bool:
+        """Ask the server, which the engine tells with each heartbeat; note when it began and when it ended."""
+        clients: list[dict[str, Any]] = self._mq.call(Status()).status["clients"]
+        pins = next((client["gpu_pins"] for client in clients if client["gpu_pins"]), None)
+        now = time.monotonic()
+        if pins is not None:
+            self.began_at = self.began_at or now
+            if pins["pinned_bytes"] + pins["unpinned_bytes"] >= pins["pool_bytes"]:
+                self.ended_at = now
+        return bool(self.ended_at) or now - self.started_at > PINNING_SECONDS
+
+    @property
+    def end(self) -> float:
+        """When it was over, or given up."""
+        return self.ended_at or time.monotonic()
+
+
+@contextmanager
+def pinning(port: int, l1_gib: float) -> Iterator[Pinning]:
+    """Start a server; the engine finds it within a heartbeat."""
+    started_at = time.monotonic()
+    with server("--l1-size-gb", str(l1_gib), port=port) as (url, _):
+        yield Pinning(url, started_at)
+
+
+def measure_latency(engine: Engine, port: int, l1_gib: float) -> dict[str, Any]:
+    """Inter-token latency before, while and after the pool is made and pinned."""
+    clock = TokenClock(engine)
+    while not clock.times:
+        time.sleep(POLL_SECONDS)
+    began_at = clock.times[0]
+    time.sleep(BASELINE_SECONDS)
+    with pinning(port, l1_gib) as pool:
+        while not pool.is_over():
+            time.sleep(POLL_SECONDS)
+        ended_at = pool.end
+        has_outlasted = clock.is_running
+        clock.join()
+    figures: dict[str, Any] = {
+        "before": clock.latencies_ms(began_at, pool.started_at),
+        "meanwhile": clock.latencies_ms(pool.started_at, ended_at),
+        "after": clock.latencies_ms(ended_at, float("inf")),
+        "seconds_from_start_of_server_to_pinned": round(ended_at - pool.started_at, 2) if pool.ended_at else None,
+        "seconds_pinning": round(pool.ended_at - pool.began_at, 2) if pool.ended_at else None,
+        "answer_outlasted_pinning": has_outlasted,
+    }
+    if figures["meanwhile"]["tokens"]:
+        figures["mean_ratio"] = round(figures["meanwhile"]["mean"] / figures["before"]["mean"], 4)
+        figures["median_ratio"] = round(figures["meanwhile"]["median"] / figures["before"]["median"], 4)
+    print(f"inter-token latency: {figures}", flush=True)
+    return figures
+
+
+def measure_first_tokens(engine: Engine, port: int, l1_gib: float) -> dict[str, Any]:
+    """TTFT of short prompts without a server, and while a pool is made and pinned."""
+    taken: dict[str, list[float]] = {"without": [], "meanwhile": []}
+
+    def ask(name: str) -> None:
+        taken[name].append(engine.ask(make_prompt((name, len(taken[name]), time.time()), PROMPT_TOKENS), 2).ttft_ms)
+
+    for _ in range(20):
+        ask("without")
+    with pinning(port, l1_gib) as pool:
+        while not pool.is_over():
+            ask("meanwhile")
+    figures: dict[str, Any] = {
+        name: {"requests": len(values), "median": round(statistics.median(values), 2), "max": round(max(values), 2)}
+        for name, values in taken.items()
+    }
+    figures["median_ratio"] = round(figures["meanwhile"]["median"] / figures["without"]["median"], 4)
+    print(f"TTFT: {figures}", flush=True)
+    return figures
+
+
+def main() -> None:
+    """Print the figures and the JSON line."""
+    args = make_parser(__doc__, l1_gib=64.0).parse_args()
+    end_on_sigterm()
+    with ExitStack() as stack:
+        folder = args.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        port = free_port()
+        flags = ["--max-model-len", "4096", "--no-enforce-eager", *args.vllm_flags, *transfer_flags(f"tcp://127.0.0.1:{port}")]
+        engine = stack.enter_context(Engine("ours", args.model, folder, flags, engine_env("ours", folder)))
+        engine.ask(make_prompt("warm up", PROMPT_TOKENS), 16)
+        latency = measure_latency(engine, port, args.l1_gib)
+        first_tokens = measure_first_tokens(engine, port, args.l1_gib)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    report("gpu_pinning", device=device, l1_gib=args.l1_gib, inter_token_ms=latency, ttft_ms=first_tokens)
+
+
+if __name__ == "__main__":
+    main()
