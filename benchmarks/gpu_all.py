@@ -1,8 +1,8 @@
 """Does the GPU path hold, and what are its figures? All checks and benchmarks of it, in one command.
 
 The checks go first and side by side, as nothing in them is timed: `pytest -m gpu`, faults around a real vLLM
-(`tests/chaos_vllm`), and two tensor parallel ranks where there are two GPUs. Then come the benchmarks, one after the other,
-each with its own floor. A part that takes longer than it may is ended. All that it printed, and what its vLLM logged, is in
+(`tests/chaos_vllm`), two tensor parallel ranks where there are two GPUs, and the copies under compute-sanitizer. Then come the
+benchmarks, one after the other, each with its own floor. A part that takes longer than it may is ended. All that it printed, and what its vLLM logged, is in
 the folder `--out`. The JSON line at the end has of each part its exit status (null: ended at its deadline), its seconds and its
 own JSON line. Takes about 15 minutes where nothing has been compiled yet. Run, with vLLM's flags for the model behind `--`:
 python benchmarks/gpu_all.py --model DIR --out DIR [--parts chaos engine ...] [--chaos-seconds 60] -- [VLLM FLAGS]
@@ -37,17 +37,28 @@ END_SECONDS = 90.0
 CHAOS_VLLM_FLAGS = "--gpu-memory-utilization 0.3 --kv-cache-memory-bytes 1073741824"
 RANKS_VLLM_FLAGS = "--gpu-memory-utilization 0.1 --kv-cache-memory-bytes 1073741824 --disable-custom-all-reduce"
 
+# The tests of copies that a checker slows down to minutes, not to hours.
+SANITIZED = "cancelled or producer or read_them or mix or reference"
+
 
 @dataclass(frozen=True)
 class Part:
-    """One command, and how long it may take; `is_check`: it may run beside others."""
+    """One command, and how long it may take; `is_check`: it may run beside others; `tool`: what must be installed."""
 
     name: str
     command: Sequence[str]
     max_seconds: float
     is_check: bool = False
     min_gpus: int = 1
+    tool: str = ""
     env: dict[str, str] = field(default_factory=dict)
+
+
+def sanitizer(tool: str, command: Sequence[str]) -> Part:
+    """Return a run of NVIDIA's checker of memory accesses; without PyTorch's cache each tensor is an allocation of its own."""
+    checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Part(tool, [*checker, *command], 300, is_check=True, env=env, tool=checker[0])
 
 
 def parts_of(args: argparse.Namespace) -> list[Part]:
@@ -79,6 +90,7 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
             min_gpus=2,
             env={"LMCACHE_TEST_VLLM_FLAGS": RANKS_VLLM_FLAGS, "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"},
         ),
+        *(sanitizer(tool, pytest("tests/transfer/test_cuda.py", "-k", SANITIZED)) for tool in ("memcheck", "initcheck")),
         Part("copy", benchmark("gpu_copy"), 200),
         Part("lanes", benchmark("gpu_lanes"), 120, min_gpus=2),
         Part("engine", benchmark("gpu_engine", *engine), 600),
@@ -212,7 +224,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     args.out.mkdir(parents=True, exist_ok=True)
     num_gpus = torch.cuda.device_count()
-    parts = [part for part in args.parts if part.min_gpus <= num_gpus]
+    parts = [part for part in args.parts if part.min_gpus <= num_gpus and (not part.tool or shutil.which(part.tool))]
     left_out = [part.name for part in args.parts if part not in parts]
     print(f"{num_gpus} GPUs; left out: {', '.join(left_out) or 'nothing'}", flush=True)
     results = run_all(parts, args.out)
