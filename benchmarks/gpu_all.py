@@ -2,9 +2,10 @@
 
 The checks go first and side by side, as nothing in them is timed: `pytest -m gpu`, faults around a real vLLM
 (`tests/chaos_vllm`), two tensor parallel ranks where there are two GPUs, and the copies under compute-sanitizer. Then come the
-benchmarks, one after the other, each with its own floor. A part that takes longer than it may is ended. All that it printed, and what its vLLM logged, is in
-the folder `--out`. The JSON line at the end has of each part its exit status (null: ended at its deadline), its seconds and its
-own JSON line. Takes about 15 minutes where nothing has been compiled yet. Run, with vLLM's flags for the model behind `--`:
+benchmarks, one after the other, each with its own floor. A part that takes longer than it may is ended. All that it printed,
+and what its vLLM logged, is in the folder `--out`. The JSON line at the end has of each part its exit status (null: ended at
+its deadline), its seconds and its own JSON line. Takes about 20 minutes where nothing has been compiled yet. Run, with vLLM's
+flags for the model behind `--`:
 python benchmarks/gpu_all.py --model DIR --out DIR [--parts chaos engine ...] [--chaos-seconds 60] -- [VLLM FLAGS]
 """
 
