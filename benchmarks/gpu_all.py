@@ -1,11 +1,10 @@
 """Does the GPU path hold, and what are its figures? All checks and benchmarks of it, in one command.
 
-The checks go first and side by side, as nothing in them is timed: `pytest -m gpu`, faults around a real vLLM
-(`tests/chaos_vllm`), two tensor parallel ranks where there are two GPUs, and the copies under compute-sanitizer. Then come the
-benchmarks, one after the other, each with its own floor. A part that takes longer than it may is ended. All that it printed,
-and what its vLLM logged, is in the folder `--out`. The JSON line at the end has of each part its exit status (null: ended at
-its deadline), its seconds and its own JSON line. Takes about 20 minutes where nothing has been compiled yet. Run, with vLLM's
-flags for the model behind `--`:
+Faults around a real vLLM (`tests/chaos_vllm`), two tensor parallel ranks where there are two GPUs, and the copies under
+compute-sanitizer go first and side by side, as nothing in them is timed. Then come `pytest -m gpu` and the benchmarks, one by
+one, each with its own floor. A part that takes longer than it may is ended. All that it printed, and what its vLLM logged, is
+in the folder `--out`. The JSON line at the end has of each part its exit status (null: ended at its deadline), its seconds and
+its own JSON line. Takes about 20 minutes where nothing has been compiled yet. Run, with vLLM's flags for the model behind `--`:
 python benchmarks/gpu_all.py --model DIR --out DIR [--parts chaos engine ...] [--chaos-seconds 60] -- [VLLM FLAGS]
 """
 
@@ -44,12 +43,12 @@ SANITIZED = "cancelled or producer or read_them or mix or reference"
 
 @dataclass(frozen=True)
 class Part:
-    """One command, and how long it may take; `is_check`: it may run beside others; `tool`: what must be installed."""
+    """One command, and how long it may take; `may_share`: it may run beside others; `tool`: what must be installed."""
 
     name: str
     command: Sequence[str]
     max_seconds: float
-    is_check: bool = False
+    may_share: bool = False
     min_gpus: int = 1
     tool: str = ""
     env: dict[str, str] = field(default_factory=dict)
@@ -59,7 +58,7 @@ def sanitizer(tool: str, command: Sequence[str]) -> Part:
     """Return a run of NVIDIA's checker of memory accesses; without PyTorch's cache each tensor is an allocation of its own."""
     checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Part(tool, [*checker, *command], 300, is_check=True, env=env, tool=checker[0])
+    return Part(tool, [*checker, *command], 300, may_share=True, env=env, tool=checker[0])
 
 
 def parts_of(args: argparse.Namespace) -> list[Part]:
@@ -75,23 +74,23 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
     pinning = ["--model", str(args.model), "--", *args.vllm_flags]
     engine = ["--model", str(args.model), "--l1-gib", str(args.l1_gib), "--", *args.vllm_flags]
     return [
-        Part("tests", pytest("-m", "gpu"), 400, is_check=True),
         Part(
             "chaos",
             pytest("-s", "tests/chaos_vllm", *chaos),
             300 + 2 * args.chaos_seconds,
-            is_check=True,
+            may_share=True,
             env={"LMCACHE_TEST_VLLM_FLAGS": CHAOS_VLLM_FLAGS},
         ),
         Part(
             "ranks",
             pytest("tests/integration/test_ranks_vllm.py", "-k", "full"),
             300,
-            is_check=True,
+            may_share=True,
             min_gpus=2,
             env={"LMCACHE_TEST_VLLM_FLAGS": RANKS_VLLM_FLAGS, "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"},
         ),
         *(sanitizer(tool, pytest("tests/transfer/test_cuda.py", "-k", SANITIZED)) for tool in ("memcheck", "initcheck")),
+        Part("tests", pytest("-m", "gpu"), 400),  # some fill the GPU
         Part("copy", benchmark("gpu_copy"), 200),
         Part("lanes", benchmark("gpu_lanes"), 120, min_gpus=2),
         Part("engine", benchmark("gpu_engine", *engine), 600),
@@ -174,10 +173,10 @@ def run_beside_each_other(parts: Sequence[Part], out: Path) -> dict[str, Any]:
 
 
 def run_all(parts: Sequence[Part], out: Path) -> dict[str, Any]:
-    """Run the checks side by side, then the benchmarks one by one."""
-    results = run_beside_each_other([part for part in parts if part.is_check], out)
+    """Run the parts that may share the GPU side by side, then the others one by one."""
+    results = run_beside_each_other([part for part in parts if part.may_share], out)
     for part in parts:
-        if not part.is_check:
+        if not part.may_share:
             results |= run_beside_each_other([part], out)
     return results
 

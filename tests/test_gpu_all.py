@@ -27,13 +27,13 @@ def gpu_all(monkeypatch):
 
 
 def test_each_part_is_told_of_and_nothing_of_it_is_left(gpu_all, tmp_path, capsys):
-    def python(name, code, max_seconds=60.0, is_check=False):
-        return gpu_all.Part(name, [sys.executable, "-c", code], max_seconds, is_check)
+    def python(name, code, max_seconds=60.0, may_share=False):
+        return gpu_all.Part(name, [sys.executable, "-c", code], max_seconds, may_share)
 
     parts = [
         python("good", "print('{broken'); print('{\"x\": 1}'); print('words')"),
-        python("hangs", HANGS, max_seconds=2.0, is_check=True),
-        python("bad", "raise SystemExit(3)", is_check=True),
+        python("hangs", HANGS, max_seconds=2.0, may_share=True),
+        python("bad", "raise SystemExit(3)", may_share=True),
     ]
     results = gpu_all.run_all(parts, tmp_path)
     assert {name: (result["status"], result["result"]) for name, result in results.items()} == {

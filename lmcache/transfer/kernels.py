@@ -121,7 +121,9 @@ def _triton_mover_if_it_works(planes: Sequence[torch.Tensor]) -> TritonMover | N
     """Triton may be missing, or find no C compiler, which it needs when it runs: that is told, and PyTorch does its work."""
     try:
         return _triton_mover(planes)
-    except Exception as exc:  # whatever it is, there is another way
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as exc:  # whatever else it is, there is another way
         reason = "is not installed" if isinstance(exc, ModuleNotFoundError) else f"does not work here ({exc!r})"
         logger.warning("Triton %s: KV blocks are gathered by PyTorch, one launch a layer, which is slower", reason)
         return None
