@@ -18,9 +18,13 @@ class Worker:
 
     def __init__(self):
         self.stored = []
+        self.num_lingers = 0
 
     def store(self, plan):
         self.stored.append(plan.number)
+
+    def linger(self):
+        self.num_lingers += 1
 
     def take_released(self):
         return {f"after {self.stored}"}
@@ -43,3 +47,12 @@ def test_a_steps_chunks_are_stored_once_and_before_its_requests_are_released(sav
             connector.wait_for_save()
         connector.clear_connector_metadata()
     assert worker.stored == [1, 2]
+
+
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_only_a_step_that_computes_nothing_lingers_for_a_load(is_idle):
+    connector = object.__new__(LMCacheMPConnector)
+    connector._worker = worker = Worker()
+    connector.bind_connector_metadata(PlanMetadata(StepPlan(number=1, is_idle=is_idle)))
+    connector.get_finished(set())
+    assert worker.num_lingers == is_idle

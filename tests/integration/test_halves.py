@@ -750,6 +750,20 @@ def test_a_load_that_does_not_end_is_given_up_at_its_deadline(server, monkeypatc
         given_up[0]._thread.join(30)
 
 
+def test_who_has_nothing_to_compute_lingers_until_a_load_is_over_and_not_where_there_is_none(server):
+    prompt = prompt_of(59, 48)
+    with Setup(server, make_copier=SLOW) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        setup.worker.linger(3600.0)
+        setup.worker.load(setup.plan_to_load("b", prompt, list(range(20, 32))))
+        setup.worker.linger(0.0)
+        assert setup.worker.take_received() == set()
+        setup.worker.linger(3600.0)
+        assert setup.worker.take_received() == {"b"}
+        setup.worker.linger(3600.0)
+        setup.scheduler.finished("b")
+
+
 def test_the_pins_of_a_load_go_when_the_last_rank_has_told_that_it_is_over(server):
     prompt = prompt_of(43, 48)
     with Setup(server, shards=MLA) as setup:

@@ -180,6 +180,9 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         self.wait_for_save()  # vLLM 0.25 leaves it out in a step that computes nothing
         if self._worker is None:
             return None, None
+        meta = self._connector_metadata
+        if meta is not None and meta.plan.is_idle:
+            self._worker.linger()
         return self._worker.take_released() or None, self._worker.take_received() or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:

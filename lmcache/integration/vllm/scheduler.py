@@ -332,6 +332,7 @@ class SchedulerHalf:
         """Add the chunks that the step will complete."""
         plan.preempted = frozenset(scheduler_output.preempted_req_ids or ())
         scheduled = scheduler_output.num_scheduled_tokens
+        plan.is_idle = not scheduled
         for request_id, block_ids, is_all, computed in _scheduled_requests(scheduler_output):
             tracked = self._tracked.get(request_id)
             if tracked is None:
