@@ -27,9 +27,8 @@ from typing import Any
 
 import psutil
 from common import report
-from engines import end_on_sigterm
+from engines import REPOSITORY, end_on_sigterm, python_path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.2
 # A vLLM that is asked to end takes some of it.
 END_SECONDS = 90.0
@@ -112,7 +111,7 @@ class Running:
             self._process = subprocess.Popen(
                 part.command,
                 cwd=REPOSITORY,
-                env={**os.environ, "PYTHONPATH": _python_path(), "TMPDIR": self._scratch.name, **part.env},
+                env={**os.environ, "PYTHONPATH": python_path(REPOSITORY), "TMPDIR": self._scratch.name, **part.env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -179,10 +178,6 @@ def run_all(parts: Sequence[Part], out: Path) -> dict[str, Any]:
         if not part.may_share:
             results |= run_beside_each_other([part], out)
     return results
-
-
-def _python_path() -> str:
-    return os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _last_json(log_path: Path) -> Any:

@@ -21,13 +21,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from common import free_port, percentile, report, server
 from engines import MODEL_NAME, REQUEST_SECONDS, Engine, end_on_sigterm, make_prompt, transfer_flags
 from gpu_engine import engine_env, make_parser
 
 from lmcache.client.mq import MessageQueueClient
-from lmcache.protocol import Status
+from lmcache.protocol import PinReport, Status
 
 OUTPUT_TOKENS = 2000
 PROMPT_TOKENS = 512
@@ -101,7 +102,7 @@ class Pinning:
         now = time.monotonic()
         if pins is not None:
             self.began_at = self.began_at or now
-            if pins["pinned_bytes"] + pins["unpinned_bytes"] >= pins["pool_bytes"]:
+            if msgspec.convert(pins, PinReport).is_done:
                 self.ended_at = now
         return bool(self.ended_at) or now - self.started_at > PINNING_SECONDS
 
