@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,14 @@ class Engine(VllmServer):
         self.name = name
         super().__init__(model_dir, log_dir / f"{name}.log", ["--enable-prompt-tokens-details", *flags], env, START_SECONDS)
 
-    def ask(self, prompt: list[int], max_tokens: int = 2, request_id: str = "") -> Answer:
+    def ask(
+        self, prompt: list[int], max_tokens: int = 2, request_id: str = "", on_token: Callable[[], None] = lambda: None
+    ) -> Answer:
         """Stream a completion. Connecting is not timed; vLLM closes a connection that was not used for 5 s."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_SECONDS)
         connection.connect()
         try:
-            return stream(connection, prompt, max_tokens, request_id)
+            return stream(connection, prompt, max_tokens, request_id, on_token)
         finally:
             connection.close()
 
@@ -92,8 +94,14 @@ class Engine(VllmServer):
         return sum(t.user + t.system for t in times)
 
 
-def stream(connection: http.client.HTTPConnection, prompt: list[int], max_tokens: int, request_id: str = "") -> Answer:
-    """Send a prompt and read the answer to its end."""
+def stream(
+    connection: http.client.HTTPConnection,
+    prompt: list[int],
+    max_tokens: int,
+    request_id: str = "",
+    on_token: Callable[[], None] = lambda: None,
+) -> Answer:
+    """Send a prompt and read the answer to its end; `on_token` is called for each piece of it."""
     body = json.dumps(
         {
             "model": MODEL_NAME,
@@ -114,7 +122,10 @@ def stream(connection: http.client.HTTPConnection, prompt: list[int], max_tokens
     while line := response.readline():
         if line.startswith(b"data: {"):
             first_token_at = first_token_at or time.monotonic()
-            usage = json.loads(line[6:]).get("usage") or usage
+            piece = json.loads(line[6:])
+            usage = piece.get("usage") or usage
+            if piece.get("choices"):
+                on_token()
     ended_at = time.monotonic()
     assert response.status == 200, response.status
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0

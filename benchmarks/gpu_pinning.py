@@ -10,8 +10,6 @@ python benchmarks/gpu_pinning.py --model DIR [--l1-gib 64] -- [VLLM FLAGS]
 
 from __future__ import annotations
 
-import http.client
-import json
 import statistics
 import tempfile
 import threading
@@ -24,7 +22,7 @@ from typing import Any
 import msgspec
 import torch
 from common import free_port, percentile, report, server
-from engines import MODEL_NAME, REQUEST_SECONDS, Engine, end_on_sigterm, make_prompt, transfer_flags
+from engines import REQUEST_SECONDS, Engine, end_on_sigterm, make_prompt, transfer_flags
 from gpu_engine import engine_env, make_parser
 
 from lmcache.client.mq import MessageQueueClient
@@ -56,21 +54,8 @@ class TokenClock:
         self._thread.join(REQUEST_SECONDS)
 
     def _read(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self._engine.port, timeout=REQUEST_SECONDS)
-        body = {
-            "model": MODEL_NAME,
-            "prompt": make_prompt(("clock", time.time()), PROMPT_TOKENS),
-            "max_tokens": OUTPUT_TOKENS,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        while line := response.readline():
-            if line.startswith(b"data: {"):
-                self.times.append(time.monotonic())
-        connection.close()
+        prompt = make_prompt(("clock", time.time()), PROMPT_TOKENS)
+        self._engine.ask(prompt, OUTPUT_TOKENS, on_token=lambda: self.times.append(time.monotonic()))
 
     def latencies_ms(self, start: float, end: float) -> dict[str, float]:
         """Return what is to be said of the gaps before tokens that came in [start, end)."""
