@@ -34,6 +34,7 @@ POLL_SECONDS = 0.2
 END_SECONDS = 90.0
 # Small models beside each other: chaos has the first GPU, and the ranks share it with the second.
 CHAOS_VLLM_FLAGS = "--gpu-memory-utilization 0.3 --kv-cache-memory-bytes 1073741824"
+TESTS_VLLM_FLAGS = "--gpu-memory-utilization 0.3 --kv-cache-memory-bytes 1073741824"
 RANKS_VLLM_FLAGS = "--gpu-memory-utilization 0.1 --kv-cache-memory-bytes 1073741824 --disable-custom-all-reduce"
 
 # The tests of copies that a checker slows down to minutes, not to hours.
@@ -82,14 +83,15 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
         ),
         Part(
             "ranks",
-            pytest("tests/integration/test_ranks_vllm.py", "-k", "full"),
+            pytest("tests/integration/test_ranks_vllm.py"),
             300,
             may_share=True,
             min_gpus=2,
             env={"LMCACHE_TEST_VLLM_FLAGS": RANKS_VLLM_FLAGS, "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"},
         ),
         *(sanitizer(tool, pytest("tests/transfer/test_cuda.py", "-k", SANITIZED)) for tool in ("memcheck", "initcheck")),
-        Part("tests", pytest("-m", "gpu"), 400),  # some fill the GPU
+        # Some fill the GPU.
+        Part("tests", pytest("-m", "gpu"), 500, env={"LMCACHE_TEST_VLLM_FLAGS": TESTS_VLLM_FLAGS}),
         Part("copy", benchmark("gpu_copy"), 200),
         Part("lanes", benchmark("gpu_lanes"), 120, min_gpus=2),
         Part("engine", benchmark("gpu_engine", *engine), 600),
