@@ -9,6 +9,7 @@ LMCacheError
 ├── RemoteError           1  the server answered with an error
 ├── PoolError             1  the pool file is missing, foreign or damaged
 ├── StaleReadError        1  the bytes read were given to another chunk during the copy
+├── SpoiledLoadError      1  a request was let go on, and then its load turned out to be worthless
 ├── LayoutMismatchError   1  an engine's KV tensors disagree with the registered layout
 ├── ChecksumError         1  bytes read differ from bytes stored
 └── InconclusiveError     4  a check ran and could decide nothing
@@ -73,6 +74,12 @@ class PoolError(LMCacheError):
     """The pool file cannot be used."""
 
     code = "pool"
+
+
+class SpoiledLoadError(LMCacheError):
+    """The engine must not go on: what it computes now is worthless, and nothing can take it back."""
+
+    code = "spoiled_load"
 
 
 class StaleReadError(LMCacheError):

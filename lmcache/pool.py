@@ -35,11 +35,14 @@ MAGIC = b"LMCPOOL\0"
 NAME_PREFIX = "lmcache-pool-"
 CLIENT_SUFFIX = ".client-"
 NO_OWNER = bytes(16)
+# What an engine has handed to its GPU when the last server's life was still the pool's is read within a few ms.
+ADOPTION_SECONDS = 0.5
 LOCK_TRIES = 20
 LOCK_PAUSE_SECONDS = 0.01
 
 # magic, format, record bytes, boot id, cookie, capacity, number of slots, data offset, persistent, kernel boot id, crc
 _HEADER = struct.Struct("<8sII16s16sQQQI36sI")
+_BOOT_ID = slice(16, 32)
 # key, namespace id, owner, offset, length, generation, order, checksum, rank, state; then the checksum of these bytes
 _RECORD = struct.Struct("<32sQ16sQQQQQHB5x")
 _CRC = struct.Struct("<I")
@@ -250,6 +253,9 @@ class PoolFile:
     @classmethod
     def adopt(cls, path: Path) -> PoolFile:
         """Take over a pool whose server is gone. The boot id is new, the cookie and the entries are the old ones.
+
+        Nothing may be given away for ADOPTION_SECONDS: the last server's pins are gone, and who saw that they were there may
+        still be reading.
 
         Raises: PoolError when another server holds it, or the file is no pool of this format and this kernel boot.
         """
@@ -465,6 +471,11 @@ class PoolView:
         self.path = path
         self.data = memoryview(self._data)
         self._words = memoryview(self._table)[PAGE_BYTES:].cast("Q")
+
+    @property
+    def boot_id(self) -> bytes:
+        """Which server's life the file belongs to now; `header` has what it was."""
+        return self._table[_BOOT_ID]
 
     def generation(self, slot: int) -> int:
         """Return a slot's generation as it is now: compare it after a copy with the one told before."""

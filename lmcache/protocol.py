@@ -172,6 +172,8 @@ class HelloReply(Reply):
     chunk_size: int = 0
     lease_seconds: float = 0.0
     pool_path: str = ""
+    pin_timeout_seconds: float = 0.0
+    """How long a request may hold pins without a word; 0: the server does not say."""
 
 
 class Hello(Request[HelloReply], tag="HELLO"):

@@ -91,11 +91,14 @@ def test_closing_removes_the_file_and_its_clients_files_but_keeps_a_persistent_p
 def test_the_boot_id_is_new_for_each_server_and_the_cookie_stays_with_the_file(tmp_path: Path):
     path = leave(tmp_path)
     first = unpack_header(path.read_bytes(), path)
+    view = PoolView(path)
     adopted = PoolFile.adopt(path)
     assert adopted.header.cookie == first.cookie
     assert adopted.header.boot_id != first.boot_id
     assert unpack_header(path.read_bytes(), path) == adopted.header
     assert bytes(adopted.data[:4]) == b"xxxx"
+    assert (view.header.boot_id, view.boot_id) == (first.boot_id, adopted.header.boot_id)
+    view.close()
     adopted.close()
     path.unlink()
 

@@ -98,6 +98,7 @@ class Attachment:
         self.boot = hello.boot
         self.chunk_size = hello.chunk_size
         self.lease_seconds = hello.lease_seconds
+        self.pin_timeout_seconds = hello.pin_timeout_seconds
         self.view = view
         self._presence = presence
         self._lock = threading.Lock()
@@ -273,6 +274,19 @@ class PinnedChunks:
                 raise StaleReadError(f"slot {placement.slot} was freed while it was read")
             if differs:
                 raise ChecksumError(f"chunk in slot {placement.slot} differs from what was stored")
+
+    @property
+    def are_kept(self) -> bool:
+        """Whether nothing was taken away until now, by this server or by one that has adopted the pool since.
+
+        Then the pins keep the bytes from being overwritten, and should the server end now, its successor does for
+        `ADOPTION_SECONDS`.
+        """
+        view = self._attachment.view
+        if self._is_inline or view is None:
+            return True
+        is_same = all(view.generation(placement.slot) == placement.generation for placement in self.placements)
+        return is_same and view.boot_id.hex() == self._attachment.boot
 
     def release(self) -> None:
         """Unpin, without waiting for the reply. Never raises for a server that is gone: its pins are gone with it."""

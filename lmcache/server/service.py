@@ -341,6 +341,7 @@ class CacheService:
             chunk_size=self._chunk_size,
             lease_seconds=self.sessions.lease_seconds,
             pool_path=str(self._pool.path),
+            pin_timeout_seconds=self.sessions.pin_timeout_seconds,
         )
         return Answer(reply, undo=lambda: self._remove_client(client))
 

@@ -52,8 +52,13 @@ class Transfer:
         """Whether the last byte is where it should be."""
         return True
 
-    def give_up(self) -> None:
-        """Let whatever the engine's device is given next come after the transfer, should that ever end."""
+    @property
+    def bytes_left(self) -> int:
+        """How much has still to be copied, at most."""
+        return 0
+
+    def hold_back(self) -> None:
+        """Let whatever the engine's device is given next, for blocks, come after the transfer."""
 
     def wait(self, seconds: float) -> None:
         """Return when the last byte is where it should be.

@@ -22,6 +22,7 @@ import functools
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -166,21 +167,37 @@ class Lane:
 class CudaTransfer(Transfer):
     """A transfer that the device has been handed; keeps alive what it needs."""
 
-    def __init__(self, kept: Sequence[Any] = ()) -> None:
+    def __init__(self, device: torch.device, kept: Sequence[Any] = ()) -> None:
+        self._device = device
         self._done = torch.cuda.Event()
         self._kept = kept
+        self._bytes_left = 0
+        self._pieces: deque[tuple[int, torch.cuda.Event]] = deque()
+
+    def begin(self, num_bytes: int) -> None:
+        """So much is going to be handed over."""
+        self._bytes_left = num_bytes
+
+    def handed_over(self, bytes_left: int, stream: torch.cuda.Stream) -> None:
+        """When this stream has got here, no more than `bytes_left` is left."""
+        event = torch.cuda.Event()
+        event.record(stream)
+        self._pieces.append((bytes_left, event))
 
     def end(self, stream: torch.cuda.Stream) -> None:
         """All of it has been handed to this stream, or streams that it waits for."""
         self._done.record(stream)
 
-    def hold_back(self, stream: torch.cuda.Stream) -> None:
-        """Let what comes next on a stream wait for the transfer."""
-        stream.wait_event(self._done)
-
-    def give_up(self) -> None:
+    def hold_back(self) -> None:
         """Let what comes next on the current stream wait for the transfer."""
-        self.hold_back(torch.cuda.current_stream())
+        torch.cuda.current_stream(self._device).wait_event(self._done)
+
+    @property
+    def bytes_left(self) -> int:
+        """How much has still to be copied, at most."""
+        while self._pieces and self._pieces[0][1].query():
+            self._bytes_left = self._pieces.popleft()[0]
+        return self._bytes_left
 
     @property
     def is_done(self) -> bool:
@@ -321,7 +338,7 @@ class CudaCopier(ChunkCopier):
         size = self.check(block_ids, extents)
         if len(block_ids) != size * len(extents):
             raise LayoutMismatchError(f"{len(block_ids)} block ids do not fill {len(extents)} extents of {size} blocks")
-        lane, transfer, is_beside_engine = self._stores, CudaTransfer(), after is not None
+        lane, transfer, is_beside_engine = self._stores, CudaTransfer(self._device), after is not None
         after = after or self.fence()
         starts = [address_of(extent) for extent in extents]
         if is_beside_engine and not all(self.pinned.is_pinned(start, len(extents[0])) for start in starts):
@@ -375,8 +392,8 @@ class CudaCopier(ChunkCopier):
         Args:
             holds_back: let what the current stream is given next wait for it.
         """
-        transfer = CudaTransfer(extents)
-        compute, before = torch.cuda.current_stream(self._device), self.fence()
+        transfer = CudaTransfer(self._device, extents)
+        before = self.fence()
         if block_ids:
             size = self.check(block_ids, extents, skip_blocks)
             padded = [SKIPPED] * skip_blocks + list(block_ids)
@@ -386,11 +403,11 @@ class CudaCopier(ChunkCopier):
                 self._load_pieces(padded, size, extents[:used], before, transfer)
             except BaseException:  # of what was launched nothing may come after what the caller does next
                 transfer.end(self._loads.kernels)
-                transfer.hold_back(compute)
+                transfer.hold_back()
                 raise
             transfer.end(self._loads.kernels)
             if holds_back:
-                transfer.hold_back(compute)
+                transfer.hold_back()
         return transfer
 
     def _load_pieces(
@@ -399,9 +416,13 @@ class CudaCopier(ChunkCopier):
         lane, ids = self._loads, None
         starts = [address_of(extent) for extent in extents]
         found = cut_last(self._pieces(len(extents), size, self._slot_bytes), MIN_CUT_BYTES // self.layout.block_bytes)
+        bytes_left = len(extents) * size * self.layout.bytes_per_block
+        transfer.begin(bytes_left)
         for piece, slot in zip(found, lane.slots):  # noqa: B905 - slots never end
             lane.copies.wait_event(slot.is_free)
             self._copy(piece, size, starts, slot, lane.copies, to_host=False)
+            bytes_left -= piece.num_blocks * self.layout.block_bytes
+            transfer.handed_over(bytes_left, lane.copies)
             if ids is None:  # the wire is busy by now
                 ids = lane.ids_for(transfer, len(block_ids)).upload(block_ids, self._driver, lane.copies)
                 lane.kernels.wait_event(before)
@@ -452,7 +473,7 @@ class CudaCopier(ChunkCopier):
         def begin(to_host: bool) -> CudaTransfer:
             at = memory.data_ptr()
             with torch.cuda.device(self._device):
-                transfer = CudaTransfer(extents)
+                transfer = CudaTransfer(self._device, extents)
                 for address, num_bytes, is_pinned in parts:
                     self._begin_copy(address, at, num_bytes, stream, is_pinned, to_host)
                     at += num_bytes

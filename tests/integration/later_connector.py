@@ -17,7 +17,7 @@ PAUSE_SECONDS = 0.01
 
 def make_later_copier(layout: Any, planes: Any, **_: int) -> LaterCopier:
     """Stand in for `lmcache.transfer.make_copier`."""
-    return LaterCopier(layout, planes, pause_seconds=PAUSE_SECONDS)
+    return LaterCopier(layout, planes, pause_seconds=PAUSE_SECONDS, load_bytes=0)
 
 
 class LaterConnector(LMCacheMPConnector):

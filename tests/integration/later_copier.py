@@ -16,9 +16,11 @@ LATER = {"kv_connector": "LaterConnector", "kv_connector_module_path": "tests.in
 
 
 class LaterTransfer(Transfer):
-    """A load that a thread of its own carries out after a while."""
+    """A load that a thread of its own carries out after a while; `num_bytes` are left until it is over."""
 
-    def __init__(self, scatter: Callable[[], None], pause_seconds: float) -> None:
+    def __init__(self, scatter: Callable[[], None], pause_seconds: float, num_bytes: int) -> None:
+        self._scatter = scatter
+        self._num_bytes = num_bytes
         self._thread = threading.Timer(pause_seconds, scatter)
         self._thread.start()
 
@@ -27,6 +29,21 @@ class LaterTransfer(Transfer):
         """Whether the thread has ended."""
         return not self._thread.is_alive()
 
+    @property
+    def bytes_left(self) -> int:
+        """All, or nothing."""
+        return 0 if self.is_done else self._num_bytes
+
+    def end_now(self) -> None:
+        """Do not wait any longer."""
+        self._thread.cancel()
+        self._thread.join()
+        self._scatter()
+
+    def hold_back(self) -> None:
+        """Wait for it: what comes next is not given to a device, but is done."""
+        self._thread.join()
+
     def wait(self, seconds: float) -> None:
         """Return when it has."""
         self._thread.join(seconds)
@@ -34,13 +51,18 @@ class LaterTransfer(Transfer):
 
 
 class LaterCopier(CpuCopier):
-    """Waits before each chunk that it stores, where it may be cancelled, and before each load."""
+    """Waits before each chunk that it stores, where it may be cancelled, and before each load.
+
+    Args:
+        load_bytes: what a load seems to have left: 0 for one that is as good as over, and is named at once.
+    """
 
     copies_later = True
 
-    def __init__(self, *args: Any, pause_seconds: float = 0.0) -> None:
+    def __init__(self, *args: Any, pause_seconds: float = 0.0, load_bytes: int = 1 << 40) -> None:
         super().__init__(*args)
         self.pause_seconds = pause_seconds
+        self.load_bytes = load_bytes
         self._reading = threading.Lock()
 
     def gather(
@@ -66,7 +88,8 @@ class LaterCopier(CpuCopier):
         self.check(block_ids, extents, skip_blocks)
         if holds_back:
             return super().begin_scatter(extents, block_ids, skip_blocks)
-        return LaterTransfer(functools.partial(self.scatter, extents, block_ids, skip_blocks), self.pause_seconds)
+        scatter = functools.partial(self.scatter, extents, block_ids, skip_blocks)
+        return LaterTransfer(scatter, self.pause_seconds, self.load_bytes)
 
     def protect_blocks(self) -> None:
         """Return when the chunk that is being read has been read."""

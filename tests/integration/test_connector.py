@@ -19,6 +19,7 @@ class Worker:
     def __init__(self):
         self.stored = []
         self.num_lingers = 0
+        self.was_idle = []
 
     def store(self, plan):
         self.stored.append(plan.number)
@@ -29,7 +30,8 @@ class Worker:
     def take_released(self):
         return {f"after {self.stored}"}
 
-    def take_received(self):
+    def take_received(self, is_idle):
+        self.was_idle.append(is_idle)
         return {f"received in {self.stored[-1]}"}
 
 
@@ -50,9 +52,10 @@ def test_a_steps_chunks_are_stored_once_and_before_its_requests_are_released(sav
 
 
 @pytest.mark.parametrize("is_idle", [True, False])
-def test_only_a_step_that_computes_nothing_lingers_for_a_load(is_idle):
+def test_only_a_step_that_computes_nothing_lingers_for_a_load_and_names_one_that_is_far_from_over(is_idle):
     connector = object.__new__(LMCacheMPConnector)
     connector._worker = worker = Worker()
     connector.bind_connector_metadata(PlanMetadata(StepPlan(number=1, is_idle=is_idle)))
     connector.get_finished(set())
     assert worker.num_lingers == is_idle
+    assert worker.was_idle == [is_idle]

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from lmcache.client.kvcache import KVCacheClient  # noqa: E402
-from lmcache.errors import DeadlineError, StaleReadError, UnreachableError, UsageError  # noqa: E402
+from lmcache.errors import DeadlineError, SpoiledLoadError, StaleReadError, UnreachableError, UsageError  # noqa: E402
 from lmcache.integration.vllm import background  # noqa: E402
 from lmcache.integration.vllm.scheduler import SchedulerHalf  # noqa: E402
 from lmcache.integration.vllm.steps import (  # noqa: E402
@@ -26,9 +26,10 @@ from lmcache.integration.vllm.steps import (  # noqa: E402
     StoreSpan,
     WorkerHello,
 )
-from lmcache.integration.vllm.worker import WorkerHalf  # noqa: E402
+from lmcache.integration.vllm.worker import IDLE_LEAD_BYTES, LEAD_BYTES, WorkerHalf  # noqa: E402
 from lmcache.keys import KEY_BYTES, Namespace, chunk_keys, split_keys  # noqa: E402
 from lmcache.layout import KVLayout  # noqa: E402
+from lmcache.pool import PoolView  # noqa: E402
 from lmcache.protocol import Clear, EndSession, Evict  # noqa: E402
 from lmcache.transfer.base import StuckTransferError  # noqa: E402
 from lmcache.transfer.cpu import CpuCopier  # noqa: E402
@@ -135,6 +136,13 @@ class OneFault(random.Random):
         return self._fault
 
 
+class PinsAreKept(random.Random):
+    """Leaves out the faults that take chunks away although they are pinned."""
+
+    def choice(self, seq):
+        return super().choice([fault for fault in seq if fault not in ("stale", "taken after the copy")])
+
+
 @pytest.fixture(scope="module")
 def server():
     with LmcacheServer(["--chunk-size", str(CHUNK_SIZE)]) as server:
@@ -149,6 +157,8 @@ def turns(seconds=120.0):
         assert time.monotonic() < deadline, f"not within {seconds:g} s"
 
 
+# A copier whose loads seem to be nearly over as soon as they have begun.
+EARLY = functools.partial(LaterCopier, load_bytes=0)
 # Which shard of the KV each rank has.
 ONE_RANK = (0,)
 TWO_SHARDS = (0, 1)
@@ -281,14 +291,15 @@ def make_requests(generator, count):
     max_part=st.sampled_from([STEP_TOKENS, 6]),
     fault_rate=st.sampled_from([0.0, 0.0, 0.2, 0.6]),
     later=st.sampled_from([None, None, 0.0, 2e-3]),
+    is_named_early=st.booleans(),
     shards=st.sampled_from([ONE_RANK, TWO_SHARDS, MLA]),
 )
 def test_whatever_fails_no_wrong_byte_is_used_or_stored(
-    server, seed, num_blocks, lag, has_prefix_cache, max_part, fault_rate, later, shards
+    server, seed, num_blocks, lag, has_prefix_cache, max_part, fault_rate, later, is_named_early, shards
 ):
     generator = random.Random(seed)
-    faults = (random.Random(seed + 1), fault_rate)
-    copier = CpuCopier if later is None else functools.partial(LaterCopier, pause_seconds=later)
+    faults = ((PinsAreKept if is_named_early else random.Random)(seed + 1), fault_rate)
+    copier = CpuCopier if later is None else functools.partial(EARLY if is_named_early else LaterCopier, pause_seconds=later)
     settings = {"lag": lag, "has_prefix_cache": has_prefix_cache, "max_part": max_part, "shards": shards}
     with Setup(server, num_blocks, faults, make_copier=copier, **settings) as setup:
         requests = make_requests(generator, 12)
@@ -734,7 +745,7 @@ def test_the_blocks_of_a_request_that_is_aborted_while_it_waits_are_free_when_it
 def test_a_load_that_does_not_end_is_given_up_at_its_deadline(server, monkeypatch):
     monkeypatch.setattr("lmcache.integration.vllm.worker.TRANSFER_SECONDS", 0.05)
     given_up = []
-    monkeypatch.setattr(LaterTransfer, "give_up", lambda self: given_up.append(self))
+    monkeypatch.setattr(LaterTransfer, "hold_back", lambda self: given_up.append(self))
     prompt = prompt_of(54, 48)
     with Setup(server, make_copier=functools.partial(LaterCopier, pause_seconds=1.0)) as setup:
         setup.copier.pause_seconds = 0.0
@@ -761,6 +772,114 @@ def test_who_has_nothing_to_compute_lingers_until_a_load_is_over_and_not_where_t
         setup.worker.linger(3600.0)
         assert setup.worker.take_received() == {"b"}
         setup.worker.linger(3600.0)
+        setup.scheduler.finished("b")
+
+
+@contextlib.contextmanager
+def a_load_under_way(server, seconds=0.3, bytes_left=0):
+    """Yield an engine whose worker loads six chunks into blocks 20 to 31; and the plan."""
+    prompt = prompt_of(60, 48)
+    with Setup(server, make_copier=LaterCopier) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        setup.wait_for_stores()
+        setup.copier.pause_seconds, setup.copier.load_bytes = seconds, bytes_left
+        plan = setup.plan_to_load("b", prompt, list(range(20, 32)))
+        setup.worker.load(plan)
+        yield setup, plan
+
+
+def test_a_load_that_is_nearly_over_is_named_and_the_next_step_waits_for_it(server):
+    with a_load_under_way(server) as (setup, plan):
+        (load,) = setup.worker._loading
+        assert setup.worker.take_received() == {"b"}
+        assert setup.worker.take_received() == set()  # once
+        assert not load.transfer.is_done
+        assert setup.worker.take_report().loaded_up_to == {0: plan.number - 1}  # its pins stay
+        setup.worker.load(StepPlan(number=plan.number + 1))
+        assert load.transfer.is_done
+        assert setup.loaded(range(20, 32)) == expected_kv(prompt_of(60, 48))
+        setup.worker.store(StepPlan(number=plan.number + 1))
+        assert setup.worker.take_received() == set()
+        assert setup.worker.take_failed_blocks() == set()
+        assert setup.worker.take_report().loaded_up_to == {0: plan.number}
+
+
+def test_where_others_compute_a_load_is_named_later_than_where_nobody_does(server):
+    with a_load_under_way(server, 60.0, IDLE_LEAD_BYTES) as (setup, _):
+        (load,) = setup.worker._loading
+        assert setup.worker.take_received(is_idle=False) == set()
+        setup.worker.linger(3600.0)  # there is nothing to wait for
+        assert setup.worker.take_received(is_idle=True) == {"b"}
+        load.transfer.end_now()
+
+
+def test_loads_are_named_in_the_order_in_which_the_device_has_them(server):
+    with a_load_under_way(server, 60.0, LEAD_BYTES) as (setup, _):
+        setup.worker.load(setup.plan_to_load("c", prompt_of(60, 48), list(range(8, 20))))
+        first, second = setup.worker._loading
+        assert setup.worker.take_received() == {"b"}
+        assert setup.worker.take_received() == set()  # what is left of both is too much
+        first.transfer.end_now()
+        assert setup.worker.take_received() == {"c"}
+        assert [load.span.request_id for load in setup.worker._loading] == ["c"]
+        second.transfer.end_now()
+
+
+@pytest.mark.parametrize("how", ["evicted", "adopted by another server"])
+def test_a_load_whose_chunks_may_have_been_taken_away_is_named_only_when_it_is_over(server, monkeypatch, how):
+    with a_load_under_way(server) as (setup, _):
+        (load,) = setup.worker._loading
+        if how == "evicted":
+            take_everything(server.zmq_url, ["a", "b"])
+        else:
+            monkeypatch.setattr(PoolView, "boot_id", bytes(16))
+        assert setup.worker.take_received() == set()
+        wait_until(lambda: setup.worker.take_received() == {"b"}, "it is over")
+        assert load.transfer.is_done
+        assert bool(setup.worker.take_failed_blocks()) is (how == "evicted")
+
+
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_an_engine_ends_rather_than_use_a_load_that_was_spoiled_after_it_had_been_named(server, is_idle):
+    """Its pins were taken away by an operator, say, within the few milliseconds, and the chunks overwritten."""
+    with a_load_under_way(server) as (setup, plan):
+        assert setup.worker.take_received() == {"b"}
+        take_everything(server.zmq_url, ["a", "b"])
+        stores = StepPlan(number=plan.number + 1, is_idle=is_idle, stores=[None])
+        setup.worker.load(stores)
+        setup.worker._background.submit = lambda *_: pytest.fail("something was stored")
+        with pytest.raises(SpoiledLoadError, match="b goes on without what was loaded for it"):
+            setup.worker.store(stores) if not is_idle else setup.worker.take_received()
+
+
+def test_a_request_that_ends_while_its_load_is_under_way_keeps_its_pins_until_that_is_over(server):
+    with a_load_under_way(server) as (setup, plan):
+        assert setup.worker.take_received() == {"b"}
+        setup.scheduler.finished("b")
+        setup.scheduler_client.lookup(b"")  # after what was posted
+        assert server.status()["l1"]["pins"] == 6
+        setup.worker.load(StepPlan(number=plan.number + 1))
+        setup.worker.store(StepPlan(number=plan.number + 1))
+        setup.worker.take_received()
+        setup.scheduler.hear_report(setup.worker.take_report(), ())
+        wait_until(lambda: not server.status()["sessions"], "the session is over")
+        assert server.status()["l1"]["pins"] == 0
+
+
+@pytest.mark.parametrize(("age_seconds", "are_known"), [(299.0, True), (301.0, False)])
+def test_where_chunks_lie_is_not_told_when_their_pins_may_soon_be_over(server, monkeypatch, age_seconds, are_known):
+    prompt = prompt_of(61, 48)
+    with Setup(server) as setup:
+        assert setup.scheduler_client.present().pin_timeout_seconds == 600
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        request = SimRequest("b", [*prompt, 0], max_tokens=0)
+        setup.scheduler.announced(request)
+        wait_until(lambda: setup.scheduler.match(request, 0) or setup.scheduler.begin_step(), "it is looked up")
+        setup.scheduler._tracked["b"].pinned_at -= age_seconds
+        setup.scheduler.allocated("b", list(range(12)), 48)
+        (span,) = setup.scheduler.plan_loads().loads
+        assert bool(span.places) is are_known
+        assert setup.worker.load_span(span)  # the worker asks for them
         setup.scheduler.finished("b")
 
 

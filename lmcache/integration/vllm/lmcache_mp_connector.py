@@ -181,9 +181,10 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         if self._worker is None:
             return None, None
         meta = self._connector_metadata
-        if meta is not None and meta.plan.is_idle:
+        is_idle = meta is not None and meta.plan.is_idle
+        if is_idle:
             self._worker.linger()
-        return self._worker.take_released() or None, self._worker.take_received() or None
+        return self._worker.take_released() or None, self._worker.take_received(is_idle) or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the blocks that loads which are over did not fill; vLLM computes them."""

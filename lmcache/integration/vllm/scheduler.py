@@ -54,8 +54,8 @@ class TrackedRequest:
 
     `tokens` are vLLM's own and grow; `keys` covers their whole chunks, up to the last time somebody
     needed them. `lookup` is under way; its answer for the admission to come is `hit_chunks`, which lie
-    at `places`, valid in the server life `hit_boot`. Chunks before `stored_chunks` need not be offered for storing;
-    the last plan that stores any has the number `last_store`. While
+    at `places`, valid in the server life `hit_boot` and pinned since `pinned_at`. Chunks before
+    `stored_chunks` need not be offered for storing; the last plan that stores any has the number `last_store`. While
     some blocks are distrusted, `own_from` is the token from which on the request has computed all KV
     itself, and from trusted blocks. The KV of its tokens up to `computed` rests on no load of a plan after `rests_on`.
     Where a request waits for its load, `is_loading` lasts until it is computed; one whose load `has_failed` loads no more.
@@ -72,6 +72,7 @@ class TrackedRequest:
     hit_chunks: int = 0
     places: list[Placement] = field(default_factory=list)
     hit_boot: str = ""
+    pinned_at: float = 0.0
     may_hold_pins: bool = False
     matched_from: int = 0
     block_ids: list[int] = field(default_factory=list)
@@ -139,6 +140,8 @@ class SchedulerHalf:
         self._loading: dict[int, list[str]] = {}
         self._loaded_up_to: dict[int, int] = {}
         self._last_load_plan = 0
+        # Of these, the requests that have ended already; the device may still read what they pinned.
+        self._ended_loading: set[str] = set()
         # Ended requests whose stores still wait for the ranks to have loaded what they rest on.
         self._ended: dict[str, TrackedRequest] = {}
         # Where workers store later: the plan up to which each rank has, and the requests whose blocks vLLM keeps for that.
@@ -229,6 +232,7 @@ class SchedulerHalf:
         if usable <= 0 or not self._can_load:
             return
         tracked.extend_keys()
+        tracked.pinned_at = time.monotonic()
         tracked.lookup = self._client.start_lookup(
             tracked.key_span(0, usable),
             tracked.request_id,
@@ -306,9 +310,13 @@ class SchedulerHalf:
             tracked.block_ids[start // block_size : -(-end // block_size)],
             tracked.blocks_per_chunk,
             skip_blocks=(start - first_chunk * chunk_size) // block_size,
-            places=tracked.places[first_chunk * num_shards : end_chunk * num_shards],
+            places=tracked.places[first_chunk * num_shards : end_chunk * num_shards] if self._lasts(tracked) else [],
             boot=tracked.hit_boot,
         )
+
+    def _lasts(self, tracked: TrackedRequest) -> bool:
+        """Tell whether what the lookup pinned is pinned for longer than a load takes; else the worker pins it anew."""
+        return time.monotonic() - tracked.pinned_at < self._client.present().pin_timeout_seconds / 2
 
     def begin_step(self) -> None:
         """A step is over, or about to begin: there is time to linger again."""
@@ -424,7 +432,11 @@ class SchedulerHalf:
         self._loaded_up_to.update(report.loaded_up_to)
         for number in [number for number in self._loading if number <= self._all_loaded_up_to()]:
             for request_id in self._loading.pop(number):
-                self.free_pins(request_id)
+                if request_id in self._ended_loading:
+                    self._ended_loading.remove(request_id)
+                    self._client.post_end_session(request_id)
+                else:
+                    self.free_pins(request_id)
 
     def _distrust(self, invalid: set[int]) -> None:
         """Mark the invalid blocks and all that may have been computed from them.
@@ -466,7 +478,9 @@ class SchedulerHalf:
         if tracked is not None:
             if tracked.lookup is not None:
                 tracked.lookup.abandon()
-            if tracked.may_hold_pins:
+            if any(request_id in loading for loading in self._loading.values()):
+                self._ended_loading.add(request_id)
+            elif tracked.may_hold_pins:
                 self._client.post_end_session(request_id)
 
     def free_pins(self, request_id: str, end_tokens: int = UNKNOWN) -> None:

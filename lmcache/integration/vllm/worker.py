@@ -7,6 +7,12 @@ For KV in host memory all of it is synchronous: a load is done before the forwar
 that computed it, and vLLM reuses no block meanwhile. On a GPU both go on beside the steps: a load is handed to the device, and
 its request waits in vLLM's queue until `take_received` has named it; a store goes on in the background (`background.py`).
 
+    handed over ----> named: nearly over, and its chunks are still kept ----> over, and verified: settled
+                      vLLM lets the request go on, which takes it 3 ms       before the step that may need it is over
+
+What the device is given after the naming comes after the load. Should the chunks have been taken away in these few ms, against
+all pins, the engine ends: vLLM cannot take back what it computes from them.
+
 What fails costs time, never an answer: a load reports every block that it did not fill. Where it belongs to the step, nothing
 is stored from then on until the scheduler has heard of it, because what is computed from such blocks is worthless. A load
 that fails on another rank makes it worthless too: of that the scheduler takes care, which plans no store before it has heard
@@ -23,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcache.client.kvcache import KVCacheClient, PinnedChunks, failure_reason
-from lmcache.errors import LayoutMismatchError, LMCacheError, UsageError
+from lmcache.errors import LayoutMismatchError, LMCacheError, SpoiledLoadError, UsageError
 from lmcache.integration.vllm.background import BackgroundStores, StoreJob
 from lmcache.integration.vllm.steps import (
     ChunkSpan,
@@ -46,6 +52,10 @@ CLOSE_SECONDS = 5.0
 # that one of them missed cost the first token 1.3 ms more (2k tokens, vLLM 0.32 on a CPU).
 IDLE_LINGER_SECONDS = 2e-3
 LINGER_POLL_SECONDS = 50e-6
+# A load is named when so much of it is left: 5 ms of PCIe 5.0. The next step's forward pass waits for it.
+LEAD_BYTES = 256 << 20
+# Where no step has anything to compute: 12 ms. vLLM takes 3 ms to hear of it, and 10 ms to launch the request's forward pass.
+IDLE_LEAD_BYTES = 640 << 20
 NOT_NATIVE = (
     "lmcache.mp.require_native: KV blocks would be gathered by PyTorch, which is slower;"
     " hint: the log says what is wrong with Triton"
@@ -63,6 +73,8 @@ class LoadUnderWay:
     transfer: Transfer
     plan_number: int
     started_at: float
+    is_named: bool = False
+    holds_back: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -72,6 +84,11 @@ class LoadUnderWay:
     @property
     def _is_overdue(self) -> bool:
         return time.monotonic() - self.started_at > TRANSFER_SECONDS
+
+    @property
+    def may_be_named(self) -> bool:
+        """Whether all blocks will be filled with the right bytes, as far as can be known before the last one has come."""
+        return self.num_blocks == len(self.span.block_ids) and self.pinned.are_kept
 
     def finish(self) -> None:
         """Return when the last byte is where it should be.
@@ -84,7 +101,7 @@ class LoadUnderWay:
 
 
 class WorkerHalf:
-    """One per worker process; main thread only. Its methods do not raise, but `register` may.
+    """One per worker process; main thread only. Its methods do not raise, but `register` may, and those that say so.
 
     Args:
         client: this process's own.
@@ -180,6 +197,10 @@ class WorkerHalf:
     def load(self, plan: StepPlan) -> None:
         """Fill the blocks of the plan's loads, or begin to; those that could not be filled are remembered."""
         self._held |= plan.held
+        for load in self._loading:
+            if load.is_named and not load.holds_back:
+                load.transfer.hold_back()
+                load.holds_back = True
         if self._background is not None and self._background.is_gated and self._copier is not None:
             self._background.open_gate(self._copier.fence())
         for span in plan.loads:
@@ -235,20 +256,56 @@ class WorkerHalf:
         return is_good
 
     def linger(self, seconds: float = IDLE_LINGER_SECONDS) -> None:
-        """There is nothing to compute: wait a moment for the next load to be over, if one is under way."""
+        """There is nothing to compute: wait a moment until a load can be named, if one is under way."""
         give_up_at = time.monotonic() + seconds
-        while self._copies_later and self._loading and not self._loading[0].is_over and time.monotonic() < give_up_at:
+        while self._awaits_a_load() and time.monotonic() < give_up_at:
             time.sleep(LINGER_POLL_SECONDS)
 
-    def take_received(self) -> set[str]:
-        """Return, once each, the requests whose awaited loads are over; what did not arrive is remembered."""
+    def _awaits_a_load(self) -> bool:
+        is_over = bool(self._loading) and self._loading[0].is_over
+        has_unnamed = any(not load.is_named for load in self._loading)
+        return self._copies_later and has_unnamed and not is_over and self._next_to_name(IDLE_LEAD_BYTES) is None
+
+    def take_received(self, is_idle: bool = False) -> set[str]:
+        """Return, once each, the requests whose awaited loads are over, or nearly; what did not arrive is remembered.
+
+        Args:
+            is_idle: no forward pass has to wait for a load that is not over.
+        Raises: SpoiledLoadError.
+        """
         while self._copies_later and self._loading and self._loading[0].is_over:
-            load = self._loading.pop(0)
-            self._settle(load)
+            self._settle_first()
+        while self._copies_later and (load := self._next_to_name(IDLE_LEAD_BYTES if is_idle else LEAD_BYTES)) is not None:
+            load.is_named = True
             self._received.add(load.span.request_id)
         self._loaded_up_to = self._loading[0].plan_number - 1 if self._loading else self._last_load_plan
         received, self._received = self._received, set()
         return received
+
+    def _next_to_name(self, bytes_left: int) -> LoadUnderWay | None:
+        """Return the first load that is not named, if no more than so much is left of it and of those before it."""
+        for load in self._loading:
+            bytes_left -= load.transfer.bytes_left
+            if not load.is_named:
+                return load if bytes_left >= 0 and load.may_be_named else None
+        return None
+
+    def _settle_first(self) -> None:
+        """End the first load, which was named or is named now."""
+        load = self._loading.pop(0)
+        is_good = self._settle(load)
+        if not load.is_named:
+            self._received.add(load.span.request_id)
+        elif not is_good:
+            raise SpoiledLoadError(
+                f"{load.span.request_id} goes on without what was loaded for it (the log has why), and cannot be taken back",
+                hint="restart the engine, and report it with the server's log",
+            )
+
+    def _settle_named(self) -> None:
+        """What a step computes may rest on loads that were named before it: return when these are good."""
+        while self._copies_later and self._loading and self._loading[0].holds_back:
+            self._settle_first()
 
     def _settle(self, load: LoadUnderWay) -> bool:
         try:
@@ -257,7 +314,7 @@ class WorkerHalf:
                 load.pinned.verify()
         except Exception as exc:  # whatever it is, vLLM must hear which blocks are not filled
             if isinstance(exc, StuckTransferError):  # the chunks stay pinned: the device may still read them
-                load.transfer.give_up()
+                load.transfer.hold_back()
             self._note_failure("load", exc)
             return self._end_load(load.span, 0, failure_reason(exc))
         if load.num_blocks < len(load.span.block_ids):
@@ -278,7 +335,12 @@ class WorkerHalf:
         return not num_failed
 
     def store(self, plan: StepPlan) -> None:
-        """Store the plan's chunks, unless one of them may come from a load that failed."""
+        """Store the plan's chunks, unless one of them may come from a load that failed.
+
+        Raises: SpoiledLoadError.
+        """
+        if not plan.is_idle:
+            self._settle_named()
         is_good = True
         if not self._copies_later:
             self.settle_loads()
