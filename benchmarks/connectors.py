@@ -240,6 +240,17 @@ class GpuTimedConnector(TimedConnector):
             return transfer
 
         copier.begin_scatter = timed_begin
+        settle = self._worker._settle
+
+        def timed_settle(load: Any) -> bool:
+            is_good = settle(load)
+            request_id = load.span.request_id
+            self._stamp(request_id, "load_settled")
+            self._stamps[request_id]["copy_seconds"] = self._first.elapsed_time(self._last) / 1e3
+            self._request_id = request_id
+            return bool(is_good)
+
+        self._worker._settle = timed_settle
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         loads = self._connector_metadata.plan.loads
@@ -249,10 +260,14 @@ class GpuTimedConnector(TimedConnector):
         for load in loads:
             self._stamp(load.request_id, "load_end")
 
+    def wait_for_save(self) -> None:
+        if not self._connector_metadata.plan.is_idle:
+            for load in self._worker._loading:
+                self._stamp(load.span.request_id, "forward_launched")
+        LMCacheMPConnector.wait_for_save(self)
+
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         released, received = super().get_finished(finished_req_ids)
         for request_id in received or ():
-            self._stamp(request_id, "load_settled")
-            self._stamps[request_id]["copy_seconds"] = self._first.elapsed_time(self._last) / 1e3
-            self._flush(request_id)
+            self._stamp(request_id, "load_named")
         return released, received

@@ -89,13 +89,6 @@ def engine_env(name: str, log_dir: Path) -> dict[str, str]:
     return {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CACHE_ROOT": f"{os.environ.get('VLLM_CACHE_ROOT', log_dir)}/{name}"}
 
 
-def reset(engine: Engine) -> None:
-    """Empty vLLM's own prefix cache."""
-    with urllib.request.urlopen(urllib.request.Request(f"{engine.url}/reset_prefix_cache", method="POST"), timeout=60):
-        pass
-    time.sleep(0.05)
-
-
 def tpot_ms(answer: Answer) -> float:
     """Return the time of each output token after the first."""
     return (answer.ended_at - answer.first_token_at) * 1e3 / max(1, answer.output_tokens - 1)
@@ -115,13 +108,15 @@ def measure_ttft(ours: Engine, plain: Engine, cache: Cache, num_tokens: int, rep
         for engine, name in turns:
             time.sleep(IDLE_SECONDS)
             answers[f"{name}_hbm"] = engine.ask(prompt, OUTPUT_TOKENS)
-        reset(ours)
+        ours.forget()
+        time.sleep(IDLE_SECONDS)
+        before = cache.counter("retrieved_tokens")
         answers["ours_tier"] = ours.ask(prompt, OUTPUT_TOKENS)
         if repeat:
             for name, answer in answers.items():
                 taken[f"{name}_ttft"].append(answer.ttft_ms)
                 taken[f"{name}_tpot"].append(tpot_ms(answer))
-            taken["hit_tokens"].append(answers["ours_tier"].cached_tokens)
+            taken["loaded_tokens"].append(cache.counter("retrieved_tokens") - before)
     cache.clear()
     figures = {name: round(statistics.median(values), 2) for name, values in taken.items()}
     moved_ms = num_tokens // CHUNK_TOKENS * CHUNK_TOKENS * KV_BYTES_PER_TOKEN / wire / 1e6
@@ -150,7 +145,7 @@ def measure_mixed(ours: Engine, cache: Cache, count: int) -> dict[str, int]:
         text_of(ours, prompt[:num_tokens])
         cache.wait_until_stored(expected)
         over_own_cache = text_of(ours, prompt)
-        reset(ours)
+        ours.forget()
         before = cache.counter("retrieved_tokens")
         after_load = text_of(ours, prompt)
         loaded += cache.counter("retrieved_tokens") - before

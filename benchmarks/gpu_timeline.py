@@ -28,7 +28,6 @@ from gpu_engine import (
     engine_env,
     make_parser,
     pinned_gb_per_s,
-    reset,
 )
 
 TIMELINE = {
@@ -40,8 +39,10 @@ TIMELINE = {
     "meta_built": "the step is planned",
     "load_begin": "the worker begins to hand the copies over",
     "load_end": "all copies are handed over",
-    "load_settled": "the KV is seen to be in the GPU's blocks",
+    "load_named": "the load is nearly over, and vLLM is told",
     "scheduled": "the step that computes the rest is planned",
+    "forward_launched": "the forward pass is launched",
+    "load_settled": "the KV is in the GPU's blocks, and verified",
     "api_first_token": "the API server sends the first token",
     "client_first_token": "the client has it",
 }
@@ -70,7 +71,8 @@ class Timeline:
             self._cache.wait_until_stored(expected)
             time.sleep(IDLE_SECONDS)
             self._ask(prompt, f"own-{name}")
-            reset(self._engine)
+            self._engine.forget()
+            time.sleep(IDLE_SECONDS)
             self._ask(prompt, f"tier-{name}")
         self._cache.clear()
 

@@ -90,8 +90,9 @@ def make_tiny_mla_model(directory: Path) -> Path:
         # vLLM's decoding kernel for the CPU takes these two sizes only.
         kv_lora_rank=512,
         qk_rope_head_dim=64,
-        qk_nope_head_dim=64,
-        v_head_dim=64,
+        # With these FlashAttention's kernel for a GPU takes it too.
+        qk_nope_head_dim=128,
+        v_head_dim=128,
         n_routed_experts=2,
         num_experts_per_tok=1,
         n_group=1,

@@ -21,6 +21,8 @@ MODEL_NAME = "tiny"
 # Healthy after about 40 s on two idle cores; a busy machine takes several times as long.
 START_SECONDS = 600.0
 STOP_SECONDS = 60.0
+RESET_SECONDS = 180.0
+RESET_LINE = "Successfully reset prefix cache"
 # More flags for each vLLM: on a GPU, how much of its memory to take.
 FLAGS_VARIABLE = "LMCACHE_TEST_VLLM_FLAGS"
 LOG_TAIL_LINES = 60
@@ -134,6 +136,18 @@ class VllmServer:
         if response.is_error:
             raise RuntimeError(f"HTTP {response.status_code}: {response.text}\n{self.log_tail()}")
         return str(response.json()["choices"][0]["text"])
+
+    def forget(self) -> None:
+        """Empty vLLM's own prefix cache, so that hits come from the cache server.
+
+        vLLM answers 200 also when it could not, because a store still reads an ended request's blocks; its log tells.
+        """
+        deadline = time.monotonic() + RESET_SECONDS
+        num_resets = self.log_text().count(RESET_LINE)
+        while self.log_text().count(RESET_LINE) == num_resets:
+            assert time.monotonic() < deadline, "vLLM does not empty its prefix cache"
+            httpx.post(f"{self.url}/reset_prefix_cache", timeout=RESET_SECONDS)
+            time.sleep(0.02)
 
     def log_text(self) -> str:
         """All that the server has printed so far."""

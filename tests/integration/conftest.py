@@ -20,7 +20,6 @@ CHUNK_SIZE = 256
 # vLLM computes 7 chunks a step at most.
 STEP_TOKENS = 7 * CHUNK_SIZE
 RECONNECT_SECONDS = 180.0
-RESET_LINE = "Successfully reset prefix cache"
 REQUEST_SECONDS = 600.0
 LOOKUP_SECONDS = 15.0
 # The worker's report and the scheduler's frees come over two connections; neither waits for an answer.
@@ -110,18 +109,6 @@ class Engine(VllmServer):
             lines = httpx.get(f"{self.url}/metrics", timeout=REQUEST_SECONDS).text.splitlines()
             return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
         return 0.0
-
-    def forget(self) -> None:
-        """Empty vLLM's own prefix cache, so that hits come from the cache server.
-
-        vLLM answers 200 also when it could not, because a store still reads an ended request's blocks; its log tells.
-        """
-        deadline = time.monotonic() + RECONNECT_SECONDS
-        num_resets = self.log_text().count(RESET_LINE)
-        while self.log_text().count(RESET_LINE) == num_resets:
-            assert time.monotonic() < deadline, "vLLM does not empty its prefix cache"
-            httpx.post(f"{self.url}/reset_prefix_cache", timeout=REQUEST_SECONDS)
-            time.sleep(0.02)
 
     def pid_of(self, kind: str) -> int:
         """Return the process id of one half of the plug-in, `engine-scheduler` or `engine-worker`."""

@@ -97,9 +97,20 @@ class SimEngine:
             asynchronous scheduling.
         has_prefix_cache: whether requests share blocks inside the engine.
         max_part: how many tokens of one request a step computes at most.
+        loads_last: begin loads that requests wait for after what the step computes, as vLLM 0.32 does and 0.25 does not.
     """
 
-    def __init__(self, scheduler, workers, planes, shards=(0,), lag=0, has_prefix_cache=False, max_part=STEP_TOKENS):
+    def __init__(
+        self,
+        scheduler,
+        workers,
+        planes,
+        shards=(0,),
+        lag=0,
+        has_prefix_cache=False,
+        max_part=STEP_TOKENS,
+        loads_last=False,
+    ):
         self.scheduler = scheduler
         self.workers = workers
         self.planes = planes
@@ -107,6 +118,7 @@ class SimEngine:
         self.lag = lag
         self.max_part = max_part
         self.has_prefix_cache = has_prefix_cache
+        self.loads_last = loads_last and scheduler.loads_later
         self.free = deque(range(len(planes[0][0])))
         self.users = {block: 0 for block in self.free}
         self.cached = {}
@@ -397,11 +409,15 @@ class SimEngine:
         """Return all ranks' results as one, as vLLM's `KVOutputAggregator` does."""
         for worker in self.workers:
             worker.give_up(plan.preempted)
-            worker.load(plan)
+            worker.begin_step()
+            if not self.loads_last:
+                worker.load(plan)
         for part in work:
             for index in range(part.start // BLOCK_SIZE, part.end // BLOCK_SIZE):
                 self._compute(part.block_ids, index, part.tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
         for worker in self.workers:
+            if self.loads_last:
+                worker.load(plan)
             worker.store(plan)
         released = Counter(id_ for worker in self.workers for id_ in worker.take_released())
         received = Counter(id_ for worker in self.workers for id_ in worker.take_received())

@@ -21,6 +21,9 @@ class Worker:
         self.num_lingers = 0
         self.was_idle = []
 
+    def begin_step(self):
+        pass
+
     def store(self, plan):
         self.stored.append(plan.number)
 

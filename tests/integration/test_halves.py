@@ -51,7 +51,8 @@ CHUNK_SIZE = 2 * BLOCK_SIZE
 LAYOUT = KVLayout(num_layers=NUM_LAYERS, num_planes=1, block_bytes=BLOCK_BYTES, block_size=BLOCK_SIZE, dtype="u8")
 
 
-FAULTS = ["lost", "fewer", "stale", "taken before the copy", "taken after the copy"]
+# The last one is none: what is pinned stays.
+FAULTS = ["lost", "fewer", "stale", "taken before the copy", "taken after the copy", "others taken after the copy"]
 CHUNK_BYTES = LAYOUT.chunk_bytes(CHUNK_SIZE)
 
 
@@ -101,12 +102,15 @@ class FaultyClient(KVCacheClient):
             raise StaleReadError("the test says so")
 
         def take_and_verify(check_content=False):
-            self._take_everything()
+            if fault == "taken after the copy":
+                self._take_everything()
+            else:
+                take_everything(self.mq.url, [])
             verify(check_content)
 
         if fault == "stale":
             pinned.verify = stale
-        elif fault == "taken after the copy":
+        elif fault.endswith("taken after the copy"):
             pinned.verify = take_and_verify
         return pinned
 
@@ -292,16 +296,17 @@ def make_requests(generator, count):
     fault_rate=st.sampled_from([0.0, 0.0, 0.2, 0.6]),
     later=st.sampled_from([None, None, 0.0, 2e-3]),
     is_named_early=st.booleans(),
+    loads_last=st.booleans(),
     shards=st.sampled_from([ONE_RANK, TWO_SHARDS, MLA]),
 )
 def test_whatever_fails_no_wrong_byte_is_used_or_stored(
-    server, seed, num_blocks, lag, has_prefix_cache, max_part, fault_rate, later, is_named_early, shards
+    server, seed, num_blocks, lag, has_prefix_cache, max_part, fault_rate, later, is_named_early, loads_last, shards
 ):
     generator = random.Random(seed)
     faults = ((PinsAreKept if is_named_early else random.Random)(seed + 1), fault_rate)
     copier = CpuCopier if later is None else functools.partial(EARLY if is_named_early else LaterCopier, pause_seconds=later)
-    settings = {"lag": lag, "has_prefix_cache": has_prefix_cache, "max_part": max_part, "shards": shards}
-    with Setup(server, num_blocks, faults, make_copier=copier, **settings) as setup:
+    settings = {"lag": lag, "has_prefix_cache": has_prefix_cache, "max_part": max_part, "loads_last": loads_last}
+    with Setup(server, num_blocks, faults, make_copier=copier, shards=shards, **settings) as setup:
         requests = make_requests(generator, 12)
         waiting, aborted = list(requests), []
         for _ in turns():
@@ -375,7 +380,7 @@ def test_a_chunk_that_is_gone_costs_exactly_its_own_blocks_and_those_after(serve
             assert loaded == expected[layer][:8]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", FAULTS[:-1])
 def test_every_kind_of_failed_load_is_reported_and_stops_stores_until_it_is_heard_of(server, fault):
     prompt = prompt_of(4, 40)
     with Setup(server, faults=(OneFault(fault), 1.0)) as setup:
@@ -486,7 +491,7 @@ def test_a_load_of_the_end_of_a_prefix_is_copied_from_the_places_of_its_own_chun
         assert (setup.engine.num_loaded_tokens, setup.engine.num_failed_loads) == (48 - kept, 0)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", FAULTS[:-1])
 def test_a_load_whose_places_are_known_reports_what_it_did_not_fill_whatever_happens(server, fault):
     prompt, blocks = prompt_of(15, 48), list(range(20, 32))
     with Setup(server, faults=(OneFault(fault), 0.0)) as setup:
@@ -795,7 +800,7 @@ def test_a_load_that_is_nearly_over_is_named_and_the_next_step_waits_for_it(serv
         assert setup.worker.take_received() == set()  # once
         assert not load.transfer.is_done
         assert setup.worker.take_report().loaded_up_to == {0: plan.number - 1}  # its pins stay
-        setup.worker.load(StepPlan(number=plan.number + 1))
+        setup.worker.begin_step()
         assert load.transfer.is_done
         assert setup.loaded(range(20, 32)) == expected_kv(prompt_of(60, 48))
         setup.worker.store(StepPlan(number=plan.number + 1))
@@ -846,7 +851,7 @@ def test_an_engine_ends_rather_than_use_a_load_that_was_spoiled_after_it_had_bee
         assert setup.worker.take_received() == {"b"}
         take_everything(server.zmq_url, ["a", "b"])
         stores = StepPlan(number=plan.number + 1, is_idle=is_idle, stores=[None])
-        setup.worker.load(stores)
+        setup.worker.begin_step()
         setup.worker._background.submit = lambda *_: pytest.fail("something was stored")
         with pytest.raises(SpoiledLoadError, match="b goes on without what was loaded for it"):
             setup.worker.store(stores) if not is_idle else setup.worker.take_received()
@@ -858,7 +863,7 @@ def test_a_request_that_ends_while_its_load_is_under_way_keeps_its_pins_until_th
         setup.scheduler.finished("b")
         setup.scheduler_client.lookup(b"")  # after what was posted
         assert server.status()["l1"]["pins"] == 6
-        setup.worker.load(StepPlan(number=plan.number + 1))
+        setup.worker.begin_step()
         setup.worker.store(StepPlan(number=plan.number + 1))
         setup.worker.take_received()
         setup.scheduler.hear_report(setup.worker.take_report(), ())

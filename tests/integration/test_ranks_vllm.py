@@ -1,10 +1,12 @@
-"""Real vLLM on the CPU with two tensor parallel ranks: each stores and loads its shard, and with MLA one stores for both."""
+"""Real vLLM with two tensor parallel ranks: each stores and loads its shard, and with MLA one stores for both."""
 
 import pytest
 
 from tests.integration.conftest import CHUNK_SIZE, Engine, make_prompt
 from tests.server_process import LmcacheServer
 from tests.tiny_model import make_tiny_mla_model
+
+torch = pytest.importorskip("torch", reason="needs torch: make setup-vllm")
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -27,7 +29,7 @@ def test_two_ranks_answer_over_loaded_kv_as_over_their_own(tiny_model_dir, tmp_p
         # What is computed in the step of a load is stored once both ranks have told that theirs was good.
         {"hit": CACHED, "loaded": CACHED, "stored": num_shards * CHUNK_SIZE},
     ]
-    ask = ask_mla if is_mla else ask_with_own_cache
+    ask = ask_mla if is_mla and not torch.cuda.is_available() else ask_with_own_cache
     with LmcacheServer() as server, Engine(model_dir, tmp_path / "vllm.log", server, flags=flags, env=env) as engine:
         engine.wait_for_cache()
         rounds = []

@@ -155,7 +155,7 @@ def test_blocks_are_used_anew_only_after_a_store_that_still_waits_for_its_step_h
         except BaseException as exc:
             failures.append(exc)
 
-    busy(200)
+    busy(2000)  # a checker of memory accesses makes the rest slow
     fence = case.copier.fence()
     thread = threading.Thread(target=store)
     thread.start()
@@ -196,6 +196,34 @@ def test_loads_and_stores_at_once_do_not_mix():
     thread.join(timeout=60)
     assert not failures
     assert torch.equal(case.device.cpu(), case.host)
+
+
+def test_a_load_tells_what_is_left_and_holds_back_what_comes_after_it():
+    case = Case(4, 64, 65536, 0, 4, seed=7, staging_bytes=4 * MIB)
+    extents, compute = case.extents(False), torch.cuda.Stream()
+    pinner = PoolPinner(driver(), driver().current_context(), address_of(case.pool), len(case.pool))
+    pinner.start()
+    wait_until_pinned(pinner)
+    case.copier.pinned = pinner  # copies of what is not pinned are not handed over, but made
+    for number, extent in enumerate(extents):
+        extent[:] = bytes([number + 1]) * case.chunk_bytes
+    with torch.cuda.stream(case.copier._loads.copies):
+        busy(300)  # the wire is another's
+    with torch.cuda.stream(compute):
+        transfer = case.copier.begin_scatter(extents, case.ids, holds_back=False)
+        assert transfer.bytes_left == len(extents) * case.chunk_bytes
+        case.device.clone()  # nothing holds this back
+        compute.synchronize()
+        assert not transfer.is_done
+        transfer.hold_back()
+        seen_after = case.device.clone()
+        compute.synchronize()
+    assert transfer.is_done
+    assert transfer.bytes_left == 0
+    transfer.wait(30)
+    pinner.close()
+    assert torch.equal(seen_after, case.device)
+    assert set(seen_after[:, case.ids].unique().tolist()) == {number + 1 for number in range(len(extents))}
 
 
 def test_a_cancelled_store_reads_no_block_any_more():

@@ -156,6 +156,12 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         if self._worker is not None and isinstance(kv_connector_metadata, PlanMetadata):
             self._worker.give_up(kv_connector_metadata.plan.preempted)
 
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """Take over the plan of a step that begins. Each version calls it before the forward pass, unlike `start_load_kv`."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.begin_step()
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Load what this step's forward pass needs, done on return; or begin to, where requests wait for that."""
         if self._worker is not None and self._connector_metadata is not None:

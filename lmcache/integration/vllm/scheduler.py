@@ -478,21 +478,25 @@ class SchedulerHalf:
         if tracked is not None:
             if tracked.lookup is not None:
                 tracked.lookup.abandon()
-            if any(request_id in loading for loading in self._loading.values()):
+            if self._is_being_loaded(request_id):
                 self._ended_loading.add(request_id)
             elif tracked.may_hold_pins:
                 self._client.post_end_session(request_id)
 
     def free_pins(self, request_id: str, end_tokens: int = UNKNOWN) -> None:
-        """Let go of what the request's lookup pinned, up to a token.
+        """Let go of what the request's lookup pinned, up to a token; not while it is being loaded.
 
         Raises: LMCacheError; it is tried again when the request is finished.
         """
         tracked = self._tracked.get(request_id)
-        if tracked is not None and tracked.may_hold_pins:
+        if tracked is not None and tracked.may_hold_pins and not self._is_being_loaded(request_id):
             end = min(end_tokens // tracked.namespace.chunk_size, MAX_CHUNKS)
             self._client.post_free_lookup_locks(request_id, end)
             tracked.may_hold_pins = end < MAX_CHUNKS
+
+    def _is_being_loaded(self, request_id: str) -> bool:
+        """Tell whether a rank may not have loaded all that was planned for a request. vLLM may let it go on already."""
+        return any(request_id in loading for loading in self._loading.values())
 
     def note_failure(self, exc: Exception) -> None:
         """Log that the cache was of no use for once, at most once per interval and kind."""

@@ -194,13 +194,16 @@ class WorkerHalf:
             self._background.cancel(preempted)
             self._copier.protect_blocks()
 
-    def load(self, plan: StepPlan) -> None:
-        """Fill the blocks of the plan's loads, or begin to; those that could not be filled are remembered."""
-        self._held |= plan.held
+    def begin_step(self) -> None:
+        """Let what this step computes wait for the loads that were named before it."""
         for load in self._loading:
             if load.is_named and not load.holds_back:
                 load.transfer.hold_back()
                 load.holds_back = True
+
+    def load(self, plan: StepPlan) -> None:
+        """Fill the blocks of the plan's loads, or begin to; those that could not be filled are remembered."""
+        self._held |= plan.held
         if self._background is not None and self._background.is_gated and self._copier is not None:
             self._background.open_gate(self._copier.fence())
         for span in plan.loads:
