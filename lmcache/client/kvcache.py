@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import threading
 from collections import Counter
@@ -71,6 +72,8 @@ logger = init_logger(__name__)
 UNKNOWN_CLIENT = "unknown_client"
 MAX_HEARTBEAT_SECONDS = 1.0
 BACKOFF_MAX_SECONDS = 2.0
+# Where a heartbeat looks for a server that has gone, nobody else waits longer than a connection to one that is there takes.
+RECONNECT_SECONDS = 0.5
 # One inline message holds at most this many bytes of chunks: enough to stream, little enough to keep in flight.
 INLINE_BATCH_BYTES = 32 << 20
 
@@ -468,6 +471,7 @@ class KVCacheClient:
         self._stop = threading.Event()
         self._heartbeat_seconds = heartbeat_seconds
         self._on_beat = on_beat
+        self._connect_seconds = RECONNECT_SECONDS if heartbeat else math.inf
         self._heartbeat: threading.Thread | None = None
         if heartbeat:
             self._heartbeat = threading.Thread(target=self._beat, name="lmcache-heartbeat", daemon=True)
@@ -619,7 +623,7 @@ class KVCacheClient:
     ) -> tuple[Attachment, R, list[memoryview]]:
         attachment = self._hold()
         try:
-            future = self.mq.submit(make(attachment), payload, may_wait=True)
+            future = self.mq.submit(make(attachment), payload, may_wait=True, connect_seconds=self._connect_seconds)
             return attachment, future.result(), future.payload
         except BaseException as exc:
             if isinstance(exc, UnreachableError):
