@@ -2,17 +2,19 @@
 
 A vLLM with our connector runs without a cache server. While it answers one long request a server is started, whose pool the
 engine then maps and pins in the background: inter-token latency before, meanwhile and after (wanted: not worse by more than 3 %
-meanwhile), and how long pinning takes (wanted: 64 GiB in 5 s). Then the server is started once more while short prompts are
-asked for, one after the other: TTFT without a server, and while the pool is pinned (wanted: not delayed).
-Needs --l1-gib of shared memory. Run, with vLLM's flags for the model behind `--`:
+meanwhile), when the slowest token came, and how long pinning takes (wanted: 64 GiB in 5 s). Then, when the engine has let go of
+that pool, the server is started once more while short prompts are asked for, one after the other: TTFT without a server, and
+while the pool is pinned (wanted: not delayed). Needs --l1-gib of shared memory. Run, with vLLM's flags behind `--`:
 python benchmarks/gpu_pinning.py --model DIR [--l1-gib 64] -- [VLLM FLAGS]
 """
 
 from __future__ import annotations
 
+import http.client
+import itertools
+import multiprocessing
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +24,7 @@ from typing import Any
 import msgspec
 import torch
 from common import free_port, percentile, report, server
-from engines import REQUEST_SECONDS, Engine, end_on_sigterm, make_prompt, transfer_flags
+from engines import REQUEST_SECONDS, Engine, end_on_sigterm, make_prompt, stream, transfer_flags
 from gpu_engine import engine_env, make_parser
 
 from lmcache.client.mq import MessageQueueClient
@@ -32,42 +34,55 @@ OUTPUT_TOKENS = 2000
 PROMPT_TOKENS = 512
 BASELINE_SECONDS = 3.0
 PINNING_SECONDS = 60.0
+LET_GO_SECONDS = 60.0
 POLL_SECONDS = 0.02
 
 
-class TokenClock:
-    """One long streamed answer, and when each of its tokens came."""
+def note_tokens(port: int, path: Path) -> None:
+    """Ask for one long answer and write down when each of its tokens came."""
+    prompt = make_prompt(("clock", time.time()), PROMPT_TOKENS)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=REQUEST_SECONDS)
+    with path.open("w", buffering=1) as file:
+        stream(connection, prompt, OUTPUT_TOKENS, on_token=lambda: print(time.monotonic(), file=file))
 
-    def __init__(self, engine: Engine) -> None:
-        self.times: list[float] = []
-        self._engine = engine
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
+
+class TokenClock:
+    """One long streamed answer, and when each of its tokens came; in a process of its own, which nothing else holds up."""
+
+    def __init__(self, engine: Engine, path: Path) -> None:
+        self._path = path
+        self._process = multiprocessing.get_context("spawn").Process(target=note_tokens, args=(engine.port, path), daemon=True)
+        self._process.start()
+
+    @property
+    def times(self) -> list[float]:
+        """When the tokens came that are there by now."""
+        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+        return [float(line) for line in lines if line.endswith("\n")]
 
     @property
     def is_running(self) -> bool:
         """Whether more tokens are to come."""
-        return self._thread.is_alive()
+        return self._process.is_alive()
 
     def join(self) -> None:
         """Wait for the end of the answer."""
-        self._thread.join(REQUEST_SECONDS)
-
-    def _read(self) -> None:
-        prompt = make_prompt(("clock", time.time()), PROMPT_TOKENS)
-        self._engine.ask(prompt, OUTPUT_TOKENS, on_token=lambda: self.times.append(time.monotonic()))
+        self._process.join(REQUEST_SECONDS)
 
     def latencies_ms(self, start: float, end: float) -> dict[str, float]:
         """Return what is to be said of the gaps before tokens that came in [start, end)."""
-        pairs = zip(self.times, self.times[1:], strict=False)
-        gaps = [(after - before) * 1e3 for before, after in pairs if start <= after < end]
+        times = self.times
+        pairs = [pair for pair in itertools.pairwise(times) if start <= pair[1] < end]
+        gaps = [(after - before) * 1e3 for before, after in pairs]
         if not gaps:
             return {"tokens": 0}
+        slowest_at = max(pairs, key=lambda pair: pair[1] - pair[0])[1]
         figures = {
             "mean": statistics.fmean(gaps),
             "median": statistics.median(gaps),
             "p99": percentile(gaps, 0.99),
             "max": max(gaps),
+            "max_after_seconds": slowest_at - start,
         }
         return {"tokens": len(gaps), **{name: round(value, 3) for name, value in figures.items()}}
 
@@ -78,6 +93,7 @@ class Pinning:
     def __init__(self, url: str, started_at: float) -> None:
         self.started_at = started_at
         self.began_at = self.ended_at = 0.0
+        self.report = PinReport()
         self._mq = MessageQueueClient(url)
 
     def is_over(self) -> bool:
@@ -87,9 +103,19 @@ class Pinning:
         now = time.monotonic()
         if pins is not None:
             self.began_at = self.began_at or now
-            if msgspec.convert(pins, PinReport).is_done:
+            self.report = msgspec.convert(pins, PinReport)
+            if self.report.is_done:
                 self.ended_at = now
         return bool(self.ended_at) or now - self.started_at > PINNING_SECONDS
+
+    def figures(self) -> dict[str, Any]:
+        """Return how it went, in seconds after the server was started."""
+        return {
+            "seconds_until_seen": round(self.began_at - self.started_at, 2) if self.began_at else None,
+            "seconds_until_done": round(self.ended_at - self.started_at, 2) if self.ended_at else None,
+            "pinned_gib": round(self.report.pinned_bytes / 2**30, 2),
+            "failed_gib": round(self.report.unpinned_bytes / 2**30, 2),
+        }
 
     @property
     def end(self) -> float:
@@ -105,12 +131,13 @@ def pinning(port: int, l1_gib: float) -> Iterator[Pinning]:
         yield Pinning(url, started_at)
 
 
-def measure_latency(engine: Engine, port: int, l1_gib: float) -> dict[str, Any]:
+def measure_latency(engine: Engine, port: int, l1_gib: float, folder: Path) -> dict[str, Any]:
     """Inter-token latency before, while and after the pool is made and pinned."""
-    clock = TokenClock(engine)
-    while not clock.times:
+    clock = TokenClock(engine, folder / "tokens")
+    while not (times := clock.times):
+        assert clock.is_running, "no answer"
         time.sleep(POLL_SECONDS)
-    began_at = clock.times[0]
+    began_at = times[0]
     time.sleep(BASELINE_SECONDS)
     with pinning(port, l1_gib) as pool:
         while not pool.is_over():
@@ -122,8 +149,7 @@ def measure_latency(engine: Engine, port: int, l1_gib: float) -> dict[str, Any]:
         "before": clock.latencies_ms(began_at, pool.started_at),
         "meanwhile": clock.latencies_ms(pool.started_at, ended_at),
         "after": clock.latencies_ms(ended_at, float("inf")),
-        "seconds_from_start_of_server_to_pinned": round(ended_at - pool.started_at, 2) if pool.ended_at else None,
-        "seconds_pinning": round(pool.ended_at - pool.began_at, 2) if pool.ended_at else None,
+        "pinning": pool.figures(),
         "answer_outlasted_pinning": has_outlasted,
     }
     if figures["meanwhile"]["tokens"]:
@@ -133,6 +159,24 @@ def measure_latency(engine: Engine, port: int, l1_gib: float) -> dict[str, Any]:
     return figures
 
 
+def wait_until_let_go(engine: Engine) -> None:
+    """Return when the engine has unmapped the pool of the server that has ended: the host may not have room for two."""
+    deadline = time.monotonic() + LET_GO_SECONDS
+    while any("lmcache-pool-" in path for member in engine.members() for path in mapped_paths(member.pid)):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the engine still maps the pool of a server that ended {LET_GO_SECONDS:g} s ago")
+        time.sleep(POLL_SECONDS)
+
+
+def mapped_paths(pid: int) -> list[str]:
+    """Return what a process has mapped; nothing once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return []
+    return [line.split(maxsplit=5)[5] for line in lines if line.count("/")]
+
+
 def measure_first_tokens(engine: Engine, port: int, l1_gib: float) -> dict[str, Any]:
     """TTFT of short prompts without a server, and while a pool is made and pinned."""
     taken: dict[str, list[float]] = {"without": [], "meanwhile": []}
@@ -140,6 +184,7 @@ def measure_first_tokens(engine: Engine, port: int, l1_gib: float) -> dict[str, 
     def ask(name: str) -> None:
         taken[name].append(engine.ask(make_prompt((name, len(taken[name]), time.time()), PROMPT_TOKENS), 2).ttft_ms)
 
+    wait_until_let_go(engine)
     for _ in range(20):
         ask("without")
     with pinning(port, l1_gib) as pool:
@@ -150,6 +195,7 @@ def measure_first_tokens(engine: Engine, port: int, l1_gib: float) -> dict[str, 
         for name, values in taken.items()
     }
     figures["median_ratio"] = round(figures["meanwhile"]["median"] / figures["without"]["median"], 4)
+    figures["pinning"] = pool.figures()
     print(f"TTFT: {figures}", flush=True)
     return figures
 
@@ -165,7 +211,7 @@ def main() -> None:
         flags = ["--max-model-len", "4096", "--no-enforce-eager", *args.vllm_flags, *transfer_flags(f"tcp://127.0.0.1:{port}")]
         engine = stack.enter_context(Engine("ours", args.model, folder, flags, engine_env("ours", folder)))
         engine.ask(make_prompt("warm up", PROMPT_TOKENS), 16)
-        latency = measure_latency(engine, port, args.l1_gib)
+        latency = measure_latency(engine, port, args.l1_gib, folder)
         first_tokens = measure_first_tokens(engine, port, args.l1_gib)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     report("gpu_pinning", device=device, l1_gib=args.l1_gib, inter_token_ms=latency, ttft_ms=first_tokens)
