@@ -128,7 +128,7 @@ def server_process(pool_dir: Path, *more: str):
 def is_ready(process: subprocess.Popen[bytes]) -> bool:
     assert process.poll() is None
     assert process.stderr is not None
-    return b"is ready" in process.stderr.peek() or b"is ready" in process.stderr.readline()
+    return any(b"is ready" in line for line in process.stderr)
 
 
 # -- two servers ------------------------------------------------------------------------------------------------------
