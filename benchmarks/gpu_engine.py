@@ -7,6 +7,8 @@ Two engines of one model on one GPU take turns: with our connector, and plain. P
 - tier: again after vLLM's own cache was emptied: all whole chunks come from the cache server. Floor: hbm + bytes / the speed of
   a pinned copy in the same run. Wanted: <= floor + 4 ms up to 8k tokens, + 8 ms at 32k.
 
+Then the same beside others: some requests decode while prompts come back that vLLM's own cache had no room for. TTFT from the
+server and from vLLM's own cache, and the longest gap between two tokens of the others meanwhile (wanted: no longer for a load).
 Then prompts of mixed length: the text after a load beside the text over vLLM's own cache (wanted: all equal; the same tokens
 are computed over the same KV), and the server's count of loaded tokens. Then no reuse, 16 requests in flight: throughput beside
 plain (wanted: 0.99 x). Then how soon a killed engine's GPU memory is free.
@@ -17,6 +19,8 @@ python benchmarks/gpu_engine.py --model DIR [--l1-gib 40] [--repeats 5] [--mixed
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -24,6 +28,7 @@ import signal
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.request
 from collections import defaultdict
@@ -33,7 +38,7 @@ from pathlib import Path
 
 import torch
 from common import percentile, report, server
-from engines import Answer, Engine, end_on_sigterm, make_prompt, transfer_flags
+from engines import REQUEST_SECONDS, Answer, Engine, end_on_sigterm, make_prompt, transfer_flags
 
 from lmcache.client.mq import MessageQueueClient
 from lmcache.protocol import Clear, Status
@@ -42,6 +47,9 @@ CHUNK_TOKENS = 256
 NEW_TOKENS = 8
 OUTPUT_TOKENS = 32
 LOAD_PROMPT_TOKENS, LOAD_OUTPUT_TOKENS, LOAD_IN_FLIGHT = 4096, 128, 16
+# More prompts than vLLM's own cache holds, and no more than L1 does.
+BESIDE_PROMPT_TOKENS, BESIDE_OTHERS, BESIDE_OTHERS_TOKENS = 8192, 8, 8000
+BESIDE_QUIET_SECONDS = 0.3
 SETTLE_SECONDS = 10.0
 # After it the GPU's clocks, and the caches of the engine's CPU, are no longer those of a prefill.
 IDLE_SECONDS = 0.1
@@ -133,6 +141,81 @@ def measure_ttft(ours: Engine, plain: Engine, cache: Cache, num_tokens: int, rep
 KV_BYTES_PER_TOKEN = 131072
 
 
+class Others:
+    """Requests that decode until the end of `with`, and when their tokens came."""
+
+    def __init__(self, engine: Engine, count: int, output_tokens: int) -> None:
+        self._times: list[list[float]] = [[] for _ in range(count)]
+        self._is_over = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._decode, args=(engine, number, output_tokens), daemon=True) for number in range(count)
+        ]
+
+    def __enter__(self) -> Others:
+        for thread in self._threads:
+            thread.start()
+        while not all(self._times):
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join(REQUEST_SECONDS)
+
+    @property
+    def are_all_there(self) -> bool:
+        """Whether none has ended yet."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    def longest_gap_ms(self, start: float, end: float) -> float:
+        """Return the longest gap between two tokens of any of them, of which the second came in [start, end)."""
+        pairs = [pair for times in self._times for pair in itertools.pairwise(list(times)) if start <= pair[1] < end]
+        return max(((after - before) * 1e3 for before, after in pairs), default=(end - start) * 1e3)
+
+    def _decode(self, engine: Engine, number: int, output_tokens: int) -> None:
+        with contextlib.suppress(StopDecodingError):
+            engine.ask(make_prompt(("other", number, time.time()), 64), output_tokens, on_token=lambda: self._note(number))
+
+    def _note(self, number: int) -> None:
+        self._times[number].append(time.monotonic())
+        if self._is_over.is_set():
+            raise StopDecodingError
+
+
+class StopDecodingError(Exception):
+    """The client hangs up."""
+
+
+def measure_beside(ours: Engine, cache: Cache, count: int, num_tokens: int = BESIDE_PROMPT_TOKENS) -> dict[str, float]:
+    """TTFT of prompts that come back while others decode, and what that does to the others; medians in ms."""
+    prompts = [make_prompt(("beside", number, time.time()), num_tokens + NEW_TOKENS) for number in range(count)]
+    for prompt in prompts:
+        expected = cache.counter("stored_chunks") + num_tokens // CHUNK_TOKENS
+        ours.ask(prompt, 2)
+        cache.wait_until_stored(expected)
+    taken: dict[str, list[float]] = defaultdict(list)
+    with Others(ours, BESIDE_OTHERS, BESIDE_OTHERS_TOKENS) as others:
+        for prompt in prompts:
+            for name in ("quiet", "tier", "own"):
+                before, started = cache.counter("retrieved_tokens"), time.monotonic()
+                if name == "quiet":
+                    time.sleep(BESIDE_QUIET_SECONDS)
+                else:
+                    answer = ours.ask(prompt, 2)
+                    if cache.counter("retrieved_tokens") - before != (num_tokens if name == "tier" else 0):
+                        continue  # vLLM's own cache still had some of it, or no longer
+                    taken[f"{name}_ttft"].append(answer.ttft_ms)
+                time.sleep(0.02)  # the others' next tokens
+                taken[f"{name}_others_longest_gap"].append(others.longest_gap_ms(started, time.monotonic()))
+        assert others.are_all_there, "the others ended too soon"
+    cache.clear()
+    figures = {name: round(statistics.median(values), 2) for name, values in taken.items()}
+    figures["loads"] = len(taken["tier_ttft"])
+    print(f"beside {BESIDE_OTHERS} others: {figures}", flush=True)
+    return figures
+
+
 def measure_mixed(ours: Engine, cache: Cache, count: int) -> dict[str, int]:
     """Texts after loads beside texts over vLLM's own cache, which holds just as many tokens: the whole chunks."""
     generator = random.Random(11)
@@ -217,6 +300,7 @@ def make_parser(description: str | None, l1_gib: float = 40.0) -> argparse.Argum
 def main() -> None:
     """Print the figures and the JSON line."""
     parser = make_parser(__doc__)
+    parser.add_argument("--beside", type=int, default=18)
     parser.add_argument("--mixed", type=int, default=100)
     parser.add_argument("--load", type=int, default=48)
     args = parser.parse_args()
@@ -244,6 +328,7 @@ def main() -> None:
         for engine in (ours, plain):
             engine.ask(make_prompt("warm up", 512), 16)
         ttft = {str(length): measure_ttft(ours, plain, cache, length, args.repeats, wire) for length in args.lengths}
+        beside = measure_beside(ours, cache, args.beside) if args.beside else {}
         mixed = measure_mixed(ours, cache, args.mixed)
         load = measure_load(ours, plain, cache, args.load, 2) if args.load else {}
         free_seconds = seconds_until_free(ours)
@@ -254,6 +339,7 @@ def main() -> None:
         pinned_gb_per_s=round(wire, 2),
         gpu_memory_mib=held,
         ttft=ttft,
+        beside=beside,
         mixed=mixed,
         no_reuse=load,
         seconds_until_free=round(free_seconds, 2),
