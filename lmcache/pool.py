@@ -7,8 +7,10 @@ header and the table, reads and writes data). Next on the data path: `storage/l1
 
 The slot table is the truth about what the pool holds; what the server keeps in its own memory is built from it. A reader
 compares a slot's generation after its copy with the one it was told before: the server changes it *before* it gives the
-extent to anyone else, so an unchanged generation means that the bytes are the chunk's. (Aligned 8-byte loads and stores,
-in program order on x86; a port to a weaker memory model needs a fence in `generation` and `write`.)
+extent to anyone else, so an unchanged generation means that the bytes are the chunk's. It also changes when a pin is taken from
+its holder. So a chunk whose holder has seen the generation unchanged, and then the boot id, stays readable for KEPT_SECONDS,
+whatever becomes of the pin and of the server. (Aligned 8-byte loads and stores, in program order on x86; a port to a weaker
+memory model needs a fence in `generation` and `write`.)
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ MAGIC = b"LMCPOOL\0"
 NAME_PREFIX = "lmcache-pool-"
 CLIENT_SUFFIX = ".client-"
 NO_OWNER = bytes(16)
-# What an engine has handed to its GPU when the last server's life was still the pool's is read within a few ms.
-ADOPTION_SECONDS = 0.5
+# An engine that goes on while its GPU still reads a chunk counts on it. A GPU takes some 10 ms for what is left then.
+KEPT_SECONDS = 0.25
 LOCK_TRIES = 20
 LOCK_PAUSE_SECONDS = 0.01
 
@@ -254,8 +256,8 @@ class PoolFile:
     def adopt(cls, path: Path) -> PoolFile:
         """Take over a pool whose server is gone. The boot id is new, the cookie and the entries are the old ones.
 
-        Nothing may be given away for ADOPTION_SECONDS: the last server's pins are gone, and who saw that they were there may
-        still be reading.
+        Nothing may be given away for KEPT_SECONDS: the last server's pins are gone, and who saw that they were there may still
+        be reading.
 
         Raises: PoolError when another server holds it, or the file is no pool of this format and this kernel boot.
         """

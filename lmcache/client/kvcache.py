@@ -12,6 +12,7 @@ import functools
 import math
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from lmcache.errors import (
 from lmcache.keys import KEY_BYTES, Namespace
 from lmcache.layout import KVLayout
 from lmcache.log import RateLimitedLog, init_logger
-from lmcache.pool import PoolView, Presence
+from lmcache.pool import KEPT_SECONDS, PoolView, Presence
 from lmcache.protocol import (
     MAX_CHUNKS,
     Abort,
@@ -262,14 +263,15 @@ class PinnedChunks:
         self._is_inline = is_inline
         self._is_open = True
 
-    def verify(self, check_content: bool = False) -> None:
-        """Return if every extent still belongs to its chunk. Call it after the copy has completed.
+    def verify(self, check_content: bool = False, kept_at: float = -math.inf) -> None:
+        """Return if every extent belonged to its chunk until now. Call it after the copy has completed.
 
         Args:
             check_content: also compare the bytes with the checksum that was stored, where one was.
+            kept_at: when `are_kept` was true, on the monotonic clock.
         Raises: StaleReadError, ChecksumError: throw away what was copied.
         """
-        view = self._attachment.view
+        view = self._attachment.view if time.monotonic() - kept_at > KEPT_SECONDS else None
         for placement, extent in zip(self.placements, self.extents, strict=True):
             differs = check_content and placement.checksum and checksum(extent) != placement.checksum
             # After the bytes were read, and first to be told: other bytes are no wonder in a slot that was freed.
@@ -280,16 +282,12 @@ class PinnedChunks:
 
     @property
     def are_kept(self) -> bool:
-        """Whether nothing was taken away until now, by this server or by one that has adopted the pool since.
-
-        Then the pins keep the bytes from being overwritten, and should the server end now, its successor does for
-        `ADOPTION_SECONDS`.
-        """
+        """Whether all chunks are there and pinned. If so, they can be read for KEPT_SECONDS, whatever happens."""
         view = self._attachment.view
         if self._is_inline or view is None:
             return True
-        is_same = all(view.generation(placement.slot) == placement.generation for placement in self.placements)
-        return is_same and view.boot_id.hex() == self._attachment.boot
+        are_there = all(view.generation(placement.slot) == placement.generation for placement in self.placements)
+        return are_there and view.boot_id.hex() == self._attachment.boot
 
     def release(self) -> None:
         """Unpin, without waiting for the reply. Never raises for a server that is gone: its pins are gone with it."""
@@ -323,9 +321,9 @@ class PinnedChunks:
 class BorrowedChunks(PinnedChunks):
     """Chunks at places that another client of this host was told, and has pinned: nothing is asked, and nothing unpinned."""
 
-    def verify(self, check_content: bool = False) -> None:
+    def verify(self, check_content: bool = False, kept_at: float = -math.inf) -> None:
         """The same. Whether the pins were still there does not matter. The chunks are counted for the next report."""
-        super().verify(check_content)
+        super().verify(check_content, kept_at)
         self._client.tally.add(loaded_chunks=len(self.extents))
 
     def _unpin(self) -> None:

@@ -18,7 +18,7 @@ from lmcache import __version__
 from lmcache.errors import PoolError, PoolSizeError, UsageError
 from lmcache.log import configure_logging, init_logger
 from lmcache.metrics import Metrics
-from lmcache.pool import ADOPTION_SECONDS, NAME_PREFIX, PoolFile, remove_stale_pools
+from lmcache.pool import KEPT_SECONDS, NAME_PREFIX, PoolFile, remove_stale_pools
 from lmcache.server import http_frontend
 from lmcache.server.args import ServerConfig, add_arguments, config_from_args
 from lmcache.server.http_frontend import HttpFrontend
@@ -218,7 +218,7 @@ def _adopt_pool(config: ServerConfig, path: Path) -> PoolFile | None:
     """Return the pool that an earlier server left; None when it was of no use and is removed."""
     try:
         pool = PoolFile.adopt(path)
-        time.sleep(ADOPTION_SECONDS)
+        time.sleep(KEPT_SECONDS)
     except PoolError as exc:
         if exc.code == "pool_in_use":
             raise UsageError(exc.message, exc.hint, exc.code) from exc

@@ -343,7 +343,7 @@ class CacheService:
             pool_path=str(self._pool.path),
             pin_timeout_seconds=self.sessions.pin_timeout_seconds,
         )
-        return Answer(reply, undo=lambda: self._remove_client(client))
+        return Answer(reply, undo=lambda: self.storage.l1.unpin(self._take_out(client)))
 
     def _attach(self, request: Attach, payload: Payload) -> Answer:
         client = self._client(request.client)
@@ -356,7 +356,7 @@ class CacheService:
         return Answer(Reply())
 
     def _goodbye(self, request: Goodbye, payload: Payload) -> Answer:
-        self._remove_client(self._client(request.client))
+        self.storage.l1.unpin(self._take_out(self._client(request.client)))
         return Answer(Reply())
 
     def _register(self, request: RegisterKVCache, payload: Payload) -> Answer:
@@ -529,7 +529,10 @@ class CacheService:
     def _end_session(self, request: EndSession, payload: Payload) -> Answer:
         clients = list(self.sessions.clients.values()) if request.client is None else [self._client(request.client)]
         slots = [slot for client in clients for slot in self.sessions.end_session(client, request.request_id)]
-        self.storage.l1.unpin(slots)
+        if request.client is None:  # an operator, who does not know what the holder is about
+            self.storage.l1.take_back(slots)
+        else:
+            self.storage.l1.unpin(slots)
         return Answer(PinsReply(released=len(slots)))
 
     # -- store --------------------------------------------------------------------------------------------------------
@@ -825,10 +828,10 @@ class CacheService:
         for client in self.sessions.dead_clients():
             logger.info("client %s (%s, pid %d) is gone", client.id[:8], client.kind, client.pid)
             self.metrics.count("lmcache_dead_clients")
-            self._remove_client(client)
+            self.storage.l1.take_back(self._take_out(client))
         for client, request_id in self.sessions.expired_sessions():
             slots = self.sessions.end_session(client, request_id)
-            self.storage.l1.unpin(slots)
+            self.storage.l1.take_back(slots)
             self.metrics.count("lmcache_expired_pins", by=len(slots))
             self._log.warning(
                 "expired",
@@ -843,13 +846,15 @@ class CacheService:
         self.storage.l1.abort([placement], owner)
         return True
 
-    def _remove_client(self, client: Client) -> None:
+    def _take_out(self, client: Client) -> list[int]:
+        """Forget a client; return a slot for each of its pins, which are the caller's to take back."""
         if client.id not in self.sessions.clients:
-            return
-        self.storage.l1.unpin(self.sessions.remove(client))
+            return []
+        pinned = self.sessions.remove(client)
         self._abort_placements(client, list(client.reservations.values()))
         remove_client_file(self._pool.client_path(client.id))
         self._unchecked = True
+        return pinned
 
     def _check_accounting(self) -> None:
         try:

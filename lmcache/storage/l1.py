@@ -6,6 +6,8 @@
       |        | owner died     | (only when not pinned)
       +--------+----------------+   each arrow into FREE raises the slot's generation
 
+A pin that is taken from its holder, who has not given it back, raises the generation too, and keeps the entry for KEPT_SECONDS
+more (`take_back`).
 A reservation is invisible until its commit. Comes in: keys and page counts from `manager.py`. Goes out: `Placement`s, whose
 bytes the clients write and read. Everything here belongs to the owner thread; nothing blocks.
 """
@@ -21,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from lmcache.keys import KEY_BYTES, split_keys
-from lmcache.pool import NO_OWNER, PAGE_BYTES, PoolFile, SlotRecord, SlotState, pages_of
+from lmcache.pool import KEPT_SECONDS, NO_OWNER, PAGE_BYTES, PoolFile, SlotRecord, SlotState, pages_of
 from lmcache.protocol import Placement, StoreOutcome
 from lmcache.storage.eviction.base import EvictionPolicy
 from lmcache.storage.extents import ExtentAllocator
@@ -63,6 +65,8 @@ class L1Cache:
         self._pins = array("I")
         self._pages = array("I")
         self._used_at = array("d")
+        # Until when a slot rests whose pin was taken from its holder.
+        self._rests_until = array("d")
         # Per slot: the key in the index (b"" unless committed), and the slot + 1 of the chunk that was stored after it: a hint.
         self._key_at: list[bytes] = []
         self._after = array("I")
@@ -144,8 +148,8 @@ class L1Cache:
         return self._pages[slot]
 
     def is_pinned(self, slot: int) -> bool:
-        """Whether someone was promised that the entry stays."""
-        return self._pins[slot] > 0
+        """Whether someone was promised that the entry stays, or was until just now."""
+        return self._pins[slot] > 0 or self._rests_until[slot] > time.monotonic()
 
     def idle_seconds(self, slot: int) -> float:
         """Seconds since the entry was committed or last hit."""
@@ -264,6 +268,15 @@ class L1Cache:
             if not pins[slot]:
                 self.pinned_pages -= pages[slot]
 
+    def take_back(self, slots: Iterable[int]) -> None:
+        """Take back promises that their holder, who is silent or gone, may still count on. It may be reading at this moment."""
+        taken = list(slots)
+        self.unpin(taken)
+        for slot in set(taken):
+            record = self.record(slot)
+            self.pool.write(slot, msgspec.structs.replace(record, generation=_next_generation(record.generation)))
+            self._rests_until[slot] = time.monotonic() + KEPT_SECONDS
+
     def touch(self, slots: Sequence[int]) -> None:
         """Note a hit on a prefix, in token order."""
         self.policy.touch(slots)
@@ -274,7 +287,7 @@ class L1Cache:
     def delete(self, slot: int) -> int:
         """Free a committed slot that is not pinned; return its bytes."""
         record = self.record(slot)
-        if self._pins[slot]:
+        if self.is_pinned(slot):
             raise AccountingError(f"slot {slot} is pinned and cannot be freed")
         del self._index[_entry_key(record.key, record.rank)]
         self._key_at[slot] = b""
@@ -389,6 +402,7 @@ class L1Cache:
         self._pins.extend([0] * missing)
         self._pages.extend([0] * missing)
         self._used_at.extend([NOT_EVICTABLE] * missing)
+        self._rests_until.extend([0.0] * missing)
         self._after.extend([0] * missing)
         self._key_at.extend([b""] * missing)
         self._next_slot = num_slots
@@ -411,7 +425,7 @@ class L1Cache:
     def _evictable_at(self, page: int) -> tuple[int, float]:
         """The slot whose extent begins or ends at `page`, and when it was last used: NOT_EVICTABLE if it must stay."""
         slot = self._slot_at_page[page] - 1 if 0 <= page < self.capacity_pages else -1
-        if slot < 0 or self._pins[slot]:
+        if slot < 0 or self.is_pinned(slot):
             return slot, NOT_EVICTABLE
         return slot, self._used_at[slot]
 
@@ -503,7 +517,11 @@ class L1Cache:
 
 def _freed(generation: int) -> SlotRecord:
     """The record of a slot whose extent was given up. A damaged record's generation may be anything: it wraps around."""
-    return SlotRecord(generation=(generation + 1) % 2**64)
+    return SlotRecord(generation=_next_generation(generation))
+
+
+def _next_generation(generation: int) -> int:
+    return (generation + 1) % 2**64
 
 
 def _rank_suffix(rank: int) -> bytes:

@@ -29,7 +29,7 @@ from lmcache.integration.vllm.steps import (  # noqa: E402
 from lmcache.integration.vllm.worker import IDLE_LEAD_BYTES, LEAD_BYTES, WorkerHalf  # noqa: E402
 from lmcache.keys import KEY_BYTES, Namespace, chunk_keys, split_keys  # noqa: E402
 from lmcache.layout import KVLayout  # noqa: E402
-from lmcache.pool import PoolView  # noqa: E402
+from lmcache.pool import KEPT_SECONDS, PoolView  # noqa: E402
 from lmcache.protocol import Clear, EndSession, Evict  # noqa: E402
 from lmcache.transfer.base import StuckTransferError  # noqa: E402
 from lmcache.transfer.cpu import CpuCopier  # noqa: E402
@@ -98,15 +98,15 @@ class FaultyClient(KVCacheClient):
     def _spoil(self, pinned, fault):
         verify = pinned.verify
 
-        def stale(check_content=False):
+        def stale(**_):
             raise StaleReadError("the test says so")
 
-        def take_and_verify(check_content=False):
+        def take_and_verify(**how):
             if fault == "taken after the copy":
                 self._take_everything()
             else:
-                take_everything(self.mq.url, [])
-            verify(check_content)
+                take_everything(self.mq.url, [], waits=False)
+            verify(**how)
 
         if fault == "stale":
             pinned.verify = stale
@@ -120,11 +120,14 @@ class FaultyClient(KVCacheClient):
         self.num_taken += 1
 
 
-def take_everything(url, request_ids):
-    """Unpin what these requests hold, evict all chunks, and write others where they lay."""
+def take_everything(url, request_ids, waits=True):
+    """Unpin what these requests hold, evict all chunks when these have rested, and write others where they lay."""
     with KVCacheClient(url) as thief:
         for request_id in request_ids:
             thief.mq.call(EndSession(request_id=request_id))
+        deadline = time.monotonic() + 10 * KEPT_SECONDS
+        while waits and thief.mq.call(Clear()).kept_objects and time.monotonic() < deadline:
+            time.sleep(KEPT_SECONDS / 10)
         thief.mq.call(Clear())
         thief.store(os.urandom(64 * 32), [b"\xbb" * CHUNK_BYTES] * 64)
 
@@ -830,26 +833,40 @@ def test_loads_are_named_in_the_order_in_which_the_device_has_them(server):
         second.transfer.end_now()
 
 
-@pytest.mark.parametrize("how", ["evicted", "adopted by another server"])
+@pytest.mark.parametrize("how", ["a pin was taken", "adopted by another server"])
 def test_a_load_whose_chunks_may_have_been_taken_away_is_named_only_when_it_is_over(server, monkeypatch, how):
     with a_load_under_way(server) as (setup, _):
         (load,) = setup.worker._loading
-        if how == "evicted":
-            take_everything(server.zmq_url, ["a", "b"])
+        if how == "a pin was taken":
+            with KVCacheClient(server.zmq_url) as operator:
+                operator.mq.call(EndSession(request_id="b"))
         else:
             monkeypatch.setattr(PoolView, "boot_id", bytes(16))
         assert setup.worker.take_received() == set()
         wait_until(lambda: setup.worker.take_received() == {"b"}, "it is over")
         assert load.transfer.is_done
-        assert bool(setup.worker.take_failed_blocks()) is (how == "evicted")
+        assert bool(setup.worker.take_failed_blocks()) is (how == "a pin was taken")
+
+
+def test_a_load_that_was_named_is_good_although_its_pins_were_taken_away_since(server, monkeypatch):
+    monkeypatch.setattr("lmcache.client.kvcache.KEPT_SECONDS", PATIENCE_SECONDS)  # this thread may be held up
+    with a_load_under_way(server, seconds=60.0) as (setup, plan):
+        assert setup.worker.take_received() == {"b"}
+        setup.worker._loading[0].transfer.end_now()
+        take_everything(server.zmq_url, ["a", "b"])
+        setup.worker.begin_step()
+        setup.worker.store(StepPlan(number=plan.number + 1))
+        assert setup.worker.take_failed_blocks() == set()
+        assert setup.loaded(range(20, 32)) == expected_kv(prompt_of(60, 48))
 
 
 @pytest.mark.parametrize("is_idle", [True, False])
 def test_an_engine_ends_rather_than_use_a_load_that_was_spoiled_after_it_had_been_named(server, is_idle):
-    """Its pins were taken away by an operator, say, within the few milliseconds, and the chunks overwritten."""
-    with a_load_under_way(server) as (setup, plan):
+    """Its pins were taken away, and the load took longer than the chunks stay all the same."""
+    with a_load_under_way(server, seconds=2 * KEPT_SECONDS) as (setup, plan):
         assert setup.worker.take_received() == {"b"}
         take_everything(server.zmq_url, ["a", "b"])
+        setup.worker._loading[0].named_at = time.monotonic() - KEPT_SECONDS  # however soon that was
         stores = StepPlan(number=plan.number + 1, is_idle=is_idle, stores=[None])
         setup.worker.begin_step()
         setup.worker._background.submit = lambda *_: pytest.fail("something was stored")

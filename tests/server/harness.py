@@ -195,8 +195,8 @@ def service_in(
 ) -> Iterator[ServiceHarness]:
     """A service whose clients have all left at the end; then nothing may be pinned or reserved, and the books be right."""
     clock = Clock()
-    for module in ("service", "sessions"):
-        monkeypatch.setattr(f"lmcache.server.{module}.time", SimpleNamespace(monotonic=clock.monotonic))
+    for module in ("server.service", "server.sessions", "storage.l1"):
+        monkeypatch.setattr(f"lmcache.{module}.time", SimpleNamespace(monotonic=clock.monotonic))
     pool = PoolFile.create(pool_path(directory), capacity_bytes=num_pages * PAGE_BYTES, num_slots=num_slots)
     with open_service(open_manager(pool), clock, versions) as harness:
         yield harness

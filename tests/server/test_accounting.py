@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lmcache.metrics import FAILURE_REASONS, SPECS, Kind, label_combinations
-from lmcache.pool import PAGE_BYTES
+from lmcache.pool import KEPT_SECONDS, PAGE_BYTES
 from lmcache.protocol import (
     Abort,
     Clear,
@@ -84,6 +84,7 @@ def test_a_workload_with_a_known_answer_is_counted_exactly(tmp_path, monkeypatch
         service.pass_time(PIN_TIMEOUT_SECONDS + 1)  # 1 expired; the remote client's lease runs out
         other.die()
         service.pass_time(1)
+        service.pass_time(1)  # what it had pinned has rested
         service.call(Clear(dry_run=True))
         left = len(service.storage.l1)
         left_bytes = sum(service.storage.l1.record(slot).length for slot in service.storage.l1.slots())
@@ -298,7 +299,8 @@ class PinsMachine(RuleBasedStateMachine):
 
     @rule()
     def clear(self) -> None:
-        """What anyone holds stays; what nobody holds goes, and is stored again."""
+        """What anyone holds stays; what nobody holds, and did not until just now, goes, and is stored again."""
+        self.service.pass_time(2 * KEPT_SECONDS)
         held = {number for number in range(6) if self.pins_on(number)}
         reply = self.service.call(Clear())
         assert (reply.objects, reply.kept_objects) == (6 - len(held), len(held))

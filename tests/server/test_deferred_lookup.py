@@ -131,7 +131,7 @@ def test_a_clear_answers_the_lookup_that_waits_and_leaves_nothing(tiered: Tiered
     wait_until(lambda: (tiered.tiers.tick(), tiered.fake.num_waiting)[1])
     cleared = tiered.harness.send(Clear(timeout_seconds=60.0))
     assert [answer.reply.hit_chunks for answer in answers] == [1]
-    tiered.harness.call(EndSession(request_id="r"))
+    tiered.harness.call(EndSession(client=client.id, request_id="r"))
     tiered.fake.go()
     answer = tiered.until_answered(cleared)
     assert answer.reply.objects == 1

@@ -7,7 +7,7 @@ import pytest
 
 from lmcache import __version__
 from lmcache.errors import RemoteError
-from lmcache.pool import PAGE_BYTES
+from lmcache.pool import KEPT_SECONDS, PAGE_BYTES
 from lmcache.protocol import (
     MAX_CHUNK_BYTES,
     MAX_CHUNKS,
@@ -604,6 +604,56 @@ def test_a_remote_client_is_gone_when_its_lease_ran_out_and_any_request_renews_i
     assert service.code_of(Get(client=client.id), [keys(1)]) == "unknown_client"
 
 
+@pytest.mark.parametrize("how", ["its session is ended by another", "its time is up", "it has died"])
+def test_what_is_unpinned_against_its_holders_will_stays_for_a_moment_and_the_holder_can_tell(service, how):
+    holder, other = service.client(), service.client()
+    holder.store(1, 2)
+    [place] = service.call(Lookup(client=holder.id, request_id="r", places=True), [keys(1)]).placements
+    if how == "its session is ended by another":
+        service.call(EndSession(request_id="r"))
+    elif how == "its time is up":
+        service.pass_time(PIN_TIMEOUT_SECONDS + 1)
+    else:
+        holder.die()
+        service.pass_time(1)
+    assert service.pins == 0
+    assert service.storage.l1.pool.generation(place.slot) == place.generation + 1
+    assert as_builtins(service.call(Clear()))["kept_objects"] == 1
+    [again] = service.call(Lookup(client=other.id, request_id="s", places=True), [keys(1)]).placements
+    assert again.generation == place.generation + 1
+    service.call(FreeLookupLocks(client=other.id, request_id="s"))
+    service.pass_time(KEPT_SECONDS)
+    assert as_builtins(service.call(Clear()))["objects"] == 1
+
+
+@pytest.mark.parametrize("how", ["FREE_LOOKUP_LOCKS", "END_SESSION", "GOODBYE"])
+def test_what_its_holder_gives_back_can_go_at_once(service, how):
+    holder = service.client()
+    holder.store(1)
+    [place] = service.call(Lookup(client=holder.id, request_id="r", places=True), [keys(1)]).placements
+    if how == "FREE_LOOKUP_LOCKS":
+        service.call(FreeLookupLocks(client=holder.id, request_id="r"))
+    elif how == "END_SESSION":
+        service.call(EndSession(client=holder.id, request_id="r"))
+    else:
+        holder.leave()
+    assert service.storage.l1.pool.generation(place.slot) == place.generation
+    assert service.call(Clear()).objects == 1
+
+
+def test_who_needs_the_room_does_not_get_what_rests(service):
+    holder, writer = service.client(), service.client()
+    num_pages = service.storage.l1.capacity_pages
+    holder.store(*range(num_pages))
+    service.call(Lookup(client=holder.id, request_id="r"), [keys(*range(num_pages))])
+    service.call(EndSession(request_id="r"))
+    request = Store(client=writer.id, chunk_bytes=PAGE_BYTES)
+    assert service.call(request, [keys(num_pages)]).outcomes == [StoreOutcome.FULL]
+    service.pass_time(KEPT_SECONDS)
+    assert service.call(request, [keys(num_pages)]).outcomes == [StoreOutcome.RESERVED]
+    writer.die()
+
+
 # -- removing ---------------------------------------------------------------------------------------------------------
 
 
@@ -616,7 +666,7 @@ def stored(service):
         writer.store(*numbers, namespace_id=namespace(model).id)
     for number in (3, 7):
         service.call(Retrieve(client=writer.id, request_id="r"), [keys(number)])
-    service.release = lambda: service.call(EndSession(request_id="r"))
+    service.release = lambda: service.call(EndSession(client=writer.id, request_id="r"))
     return service
 
 

@@ -10,8 +10,8 @@ its request waits in vLLM's queue until `take_received` has named it; a store go
     handed over ----> named: nearly over, and its chunks are still kept ----> over, and verified: settled
                       vLLM lets the request go on, which takes it 3 ms       before the step that may need it is over
 
-What the device is given after the naming comes after the load. Should the chunks have been taken away in these few ms, against
-all pins, the engine ends: vLLM cannot take back what it computes from them.
+What the device is given after the naming comes after the load. Should that not be over within KEPT_SECONDS, for which the
+chunks are sure to stay, and one of them have gone, the engine ends: vLLM cannot take back what it computes from them.
 
 What fails costs time, never an answer: a load reports every block that it did not fill. Where it belongs to the step, nothing
 is stored from then on until the scheduler has heard of it, because what is computed from such blocks is worthless. A load
@@ -22,6 +22,7 @@ of the loads that it rests on.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -73,7 +74,7 @@ class LoadUnderWay:
     transfer: Transfer
     plan_number: int
     started_at: float
-    is_named: bool = False
+    named_at: float = -math.inf
     holds_back: bool = False
 
     @property
@@ -84,6 +85,11 @@ class LoadUnderWay:
     @property
     def _is_overdue(self) -> bool:
         return time.monotonic() - self.started_at > TRANSFER_SECONDS
+
+    @property
+    def is_named(self) -> bool:
+        """Whether vLLM was told that it may go on."""
+        return self.named_at > -math.inf
 
     @property
     def may_be_named(self) -> bool:
@@ -249,7 +255,11 @@ class WorkerHalf:
         """Return the span's chunks: where the lookup said that they lie, or as the server finds them now."""
         shard = self.hello.shard
         borrowed = self._client.borrow(span.places_of(shard), span.boot)
-        return borrowed or self._client.pin(span.keys, span.request_id, shard)
+        if borrowed is not None and borrowed.are_kept:
+            return borrowed
+        if borrowed is not None:
+            borrowed.release()
+        return self._client.pin(span.keys, span.request_id, shard)
 
     def settle_loads(self) -> bool:
         """Wait for the loads under way, look at what they brought, and remember what did not; True when all did."""
@@ -278,8 +288,9 @@ class WorkerHalf:
         """
         while self._copies_later and self._loading and self._loading[0].is_over:
             self._settle_first()
+        now = time.monotonic()  # before it is seen whether their chunks are kept
         while self._copies_later and (load := self._next_to_name(IDLE_LEAD_BYTES if is_idle else LEAD_BYTES)) is not None:
-            load.is_named = True
+            load.named_at = now
             self._received.add(load.span.request_id)
         self._loaded_up_to = self._loading[0].plan_number - 1 if self._loading else self._last_load_plan
         received, self._received = self._received, set()
@@ -314,7 +325,7 @@ class WorkerHalf:
         try:
             load.finish()
             with load.pinned:
-                load.pinned.verify()
+                load.pinned.verify(kept_at=load.named_at)
         except Exception as exc:  # whatever it is, vLLM must hear which blocks are not filled
             if isinstance(exc, StuckTransferError):  # the chunks stay pinned: the device may still read them
                 load.transfer.hold_back()
