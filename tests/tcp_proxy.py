@@ -32,7 +32,7 @@ class TcpProxy:
     drip: while set, it goes on in drops: 100 KB/s at most.
     cut_up, cut_down: reset the connection once so many bytes of it went to the server, to the client.
     flip_down: change a bit of this byte (counted from the connection's start) on its way to the client.
-    up_tail: the last bytes that a client said.
+    up_tail, down_tail: the last bytes that a client, that the server said.
     num_down: bytes that went to clients so far.
     turns: how often a client spoke after the server had: its round trips.
     """
@@ -48,7 +48,7 @@ class TcpProxy:
         self.flip_down: int | None = None
         self.num_down = 0
         self.turns = 0
-        self.up_tail = b""
+        self.up_tail = self.down_tail = b""
         self._speaker: socket.socket | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
@@ -118,6 +118,7 @@ class TcpProxy:
             self.up_tail = (self.up_tail + bytes(data))[-TAIL_BYTES:]
         else:
             pipe.down += len(data)
+            self.down_tail = (self.down_tail + bytes(data))[-TAIL_BYTES:]
             self.num_down += len(data)
         if is_cut:
             self._close(pipe, reset=True)
