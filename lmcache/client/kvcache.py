@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import threading
 import time
@@ -73,8 +72,6 @@ logger = init_logger(__name__)
 UNKNOWN_CLIENT = "unknown_client"
 MAX_HEARTBEAT_SECONDS = 1.0
 BACKOFF_MAX_SECONDS = 2.0
-# Where a heartbeat looks for a server that has gone, nobody else waits longer than a connection to one that is there takes.
-RECONNECT_SECONDS = 0.5
 # One inline message holds at most this many bytes of chunks: enough to stream, little enough to keep in flight.
 INLINE_BATCH_BYTES = 32 << 20
 
@@ -469,7 +466,6 @@ class KVCacheClient:
         self._stop = threading.Event()
         self._heartbeat_seconds = heartbeat_seconds
         self._on_beat = on_beat
-        self._connect_seconds = RECONNECT_SECONDS if heartbeat else math.inf
         self._heartbeat: threading.Thread | None = None
         if heartbeat:
             self._heartbeat = threading.Thread(target=self._beat, name="lmcache-heartbeat", daemon=True)
@@ -621,7 +617,7 @@ class KVCacheClient:
     ) -> tuple[Attachment, R, list[memoryview]]:
         attachment = self._hold()
         try:
-            future = self.mq.submit(make(attachment), payload, may_wait=True, connect_seconds=self._connect_seconds)
+            future = self.mq.submit(make(attachment), payload, may_wait=True)
             return attachment, future.result(), future.payload
         except BaseException as exc:
             if isinstance(exc, UnreachableError):

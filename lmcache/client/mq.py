@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import socket
 import threading
 import time
@@ -28,7 +27,7 @@ DEFAULT_TIMEOUT_SECONDS = 5.0
 GREETING_SECONDS = 0.2
 CONNECT_TIMEOUT_SECONDS = 2.0
 RECONNECT_FIRST_MS = 50
-RECONNECT_MAX_MS = 200
+RECONNECT_MAX_MS = 1000
 # A thread that waits looks this often whether its client is being closed.
 WAKE_MS = 100
 # libzmq lets go of the buffers of a closed socket within milliseconds; NotDone after this is a bug, not to be passed over.
@@ -132,14 +131,14 @@ class _Channel:
             ) from exc
 
     def submit(
-        self, request: Request[R], payload: Payload, deadline: float, connect_deadline: float, wants_reply: bool = True
+        self, request: Request[R], payload: Payload, deadline: float, may_wait: bool, wants_reply: bool = True
     ) -> ReplyFuture[R]:
         request_id = next(self._ids).to_bytes(8, "little")
         future = ReplyFuture(self, request, deadline)
         frames = [request_id, encode(request), *payload]
         future.sent_at = time.perf_counter()
         try:
-            future.tracker = self._send(frames, connect_deadline)
+            future.tracker = self._send(frames, deadline if may_wait else 0.0)
         except zmq.Again as exc:
             raise UnreachableError(f"no connection to {self.url}", hint=START_HINT) from exc
         if wants_reply:
@@ -281,16 +280,13 @@ class MessageQueueClient:
         payload: Payload = (),
         timeout_seconds: float | None = None,
         may_wait: bool = False,
-        connect_seconds: float = math.inf,
     ) -> ReplyFuture[R]:
         """Send a request and return its future at once.
 
-        Raises: UnreachableError when there is no connection now (`may_wait`: in `connect_seconds`, before the deadline).
+        Raises: UnreachableError when there is no connection now (`may_wait`: before the deadline).
         """
         timeout = self.timeout_seconds if timeout_seconds is None else timeout_seconds
-        now = time.monotonic()
-        connect_deadline = now + min(timeout, connect_seconds) if may_wait else now
-        return self._channel().submit(request, payload, now + timeout, connect_deadline)
+        return self._channel().submit(request, payload, time.monotonic() + timeout, may_wait)
 
     def call(self, request: Request[R], payload: Payload = (), timeout_seconds: float | None = None) -> R:
         """Send a request and wait for its reply.
@@ -308,8 +304,7 @@ class MessageQueueClient:
 
         Raises: UnreachableError when there is no connection now.
         """
-        now = time.monotonic()
-        self._channel().submit(request, (), now, now, wants_reply=False)
+        self._channel().submit(request, (), time.monotonic(), may_wait=False, wants_reply=False)
 
     def close(self) -> None:
         """Close every thread's socket; none of them may be in a call."""

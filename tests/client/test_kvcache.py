@@ -12,7 +12,7 @@ from lmcache.client.kvcache import KVCacheClient, checksum
 from lmcache.errors import ChecksumError, DeadlineError, PoolError, RemoteError, StaleReadError, UnreachableError
 from lmcache.keys import KEY_BYTES, chunk_keys
 from lmcache.pool import PAGE_BYTES, Presence
-from lmcache.protocol import Clear, Evict, FailureReason, Goodbye, HelloReply, Noop, NoopReply, PinReport, StoreOutcome
+from lmcache.protocol import Clear, Evict, FailureReason, Goodbye, HelloReply, NoopReply, PinReport, StoreOutcome
 from tests.fakes import Proxy, ScriptedPeer, reply_of, seconds
 from tests.pools import content, key, keys, server_in, status_of, wait_until
 from tests.server.harness import LAYOUT, namespace
@@ -589,30 +589,6 @@ def test_an_engine_that_was_given_the_servers_http_port_is_told_so_also_where_it
             wait_until(lambda: "speaks HTTP, not ZMQ" in client._down_reason)
             with pytest.raises(UnreachableError, match="speaks HTTP, not ZMQ"):
                 client.lookup(keys(1))
-
-
-def test_an_engine_does_not_wait_its_deadline_for_a_server_that_has_gone(tmp_path):
-    """Nor for the heartbeat to find that out: a store within a step would hold up the engine."""
-    port = free_port()
-    with KVCacheClient(f"tcp://127.0.0.1:{port}", heartbeat=True, timeout_seconds=300) as client:
-        with server_in(tmp_path, port=port):
-            client.store(keys(1), chunks_of(1))
-
-        def is_disconnected():  # a request sent before that waits for its reply
-            try:
-                client.mq.submit(Noop())
-            except UnreachableError:
-                return True
-            return False
-
-        def store():
-            with pytest.raises(UnreachableError):
-                client.store(keys(2), chunks_of(2))
-
-        wait_until(is_disconnected)
-
-        assert seconds(store) < 150
-        assert client._down_reason
 
 
 def test_no_server_at_all_is_an_error_by_the_deadline():
