@@ -77,8 +77,11 @@ def make_tiny_model(directory: Path) -> Path:
 
 def make_tiny_mla_model(directory: Path) -> Path:
     """Write a two-layer bf16 DeepSeek-V2 without experts (2.25 KiB of KV a token) and its tokenizer."""
+    import torch
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
+    # What FlashAttention's kernel for a GPU takes; on a CPU smaller heads leave the cache server some of the cores.
+    head_dim = 128 if torch.cuda.is_available() else 64
     config = DeepseekV2Config(
         num_hidden_layers=2,
         first_k_dense_replace=2,  # no layer has experts
@@ -90,9 +93,8 @@ def make_tiny_mla_model(directory: Path) -> Path:
         # vLLM's decoding kernel for the CPU takes these two sizes only.
         kv_lora_rank=512,
         qk_rope_head_dim=64,
-        # With these FlashAttention's kernel for a GPU takes it too.
-        qk_nope_head_dim=128,
-        v_head_dim=128,
+        qk_nope_head_dim=head_dim,
+        v_head_dim=head_dim,
         n_routed_experts=2,
         num_experts_per_tok=1,
         n_group=1,

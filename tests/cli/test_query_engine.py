@@ -5,6 +5,9 @@ import time
 
 import pytest
 
+from lmcache.cli.commands.query.verify import _settled_use
+from lmcache.cli.counters import CacheUse, TokenOrigins
+from lmcache.cli.engine import Unknown
 from tests.cli.conftest import Cli
 from tests.cli.peers import EngineHandler, engine_peer, letters, tcp_peer
 from tests.server_process import LmcacheServer, free_port, run_lmcache
@@ -373,3 +376,14 @@ def test_a_cache_server_that_was_named_has_the_last_word(server: LmcacheServer):
     document = verify(engine, 4, "--kvcache-url", server.zmq_url)
     assert document["retrieved_tokens"] == 0
     assert "nothing was retrieved" in document["error"]["message"]
+
+
+def test_what_the_engine_says_it_loaded_is_waited_for_at_the_server():
+    """The engine tells the server without waiting, so the answer may be there before the server has counted."""
+    origins = TokenOrigins(engine_cache=0, external=512, computed=10, finished_requests=1)
+    seen = [0, 0, 512, 1024]
+    found = _settled_use(origins, lambda: CacheUse(0, 0, 0, 0, retrieved_tokens=seen.pop(0), has_l2=False, num_engines=1))
+    assert (found.retrieved_tokens, seen) == (512, [1024])
+    unknown = Unknown("nobody counts")
+    assert _settled_use(unknown, lambda: found) is found
+    assert _settled_use(origins, lambda: unknown) is unknown
