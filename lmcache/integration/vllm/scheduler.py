@@ -369,10 +369,9 @@ class SchedulerHalf:
         """Tell whether the scheduler has heard, from each rank, of all loads that the request's KV rests on.
 
         Ranks compute together: where a load has failed on one, all of them compute what is worthless, and only that one knows.
-        The only rank of an engine sees to it itself, and need not wait; and where requests wait for their loads, vLLM computes
-        none before all ranks have told it.
+        The only rank of an engine sees to it itself, and need not wait.
         """
-        return self._num_ranks == 1 or self._copies_later or tracked.rests_on <= self._all_loaded_up_to()
+        return self._num_ranks == 1 or tracked.rests_on <= self._all_loaded_up_to()
 
     def _all_loaded_up_to(self) -> int:
         return min(self._loaded_up_to.values())

@@ -100,7 +100,7 @@ class WorkerHello:
     An engine of `num_ranks` ranks keeps `namespace.world_size` different shards of KV, one a rank. With MLA there is one, and
     all ranks have it: then the first rank stores it, and all load it.
     `copies_later`: whether a plan's loads and stores may go on after its step. Then a request waits for its load while others
-    compute, and is computed only when each rank has told that it is over.
+    compute, and is let go on only when each rank has told that it is over, or nearly.
     """
 
     namespace: Namespace | None = None
