@@ -33,8 +33,7 @@ POLL_SECONDS = 0.2
 # A vLLM that is asked to end takes some of it.
 END_SECONDS = 90.0
 # Small models beside each other: chaos has the first GPU, and the ranks share it with the second.
-CHAOS_VLLM_FLAGS = "--gpu-memory-utilization 0.3 --kv-cache-memory-bytes 1073741824"
-TESTS_VLLM_FLAGS = "--gpu-memory-utilization 0.3 --kv-cache-memory-bytes 1073741824"
+ONE_VLLM_FLAGS = "--gpu-memory-utilization 0.3 --kv-cache-memory-bytes 1073741824"
 RANKS_VLLM_FLAGS = "--gpu-memory-utilization 0.1 --kv-cache-memory-bytes 1073741824 --disable-custom-all-reduce"
 
 # The tests of copies that a checker slows down to minutes, not to hours. Under initcheck a launch waits for the one before it,
@@ -83,7 +82,7 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
             pytest("-s", "tests/chaos_vllm", *chaos),
             300 + 2 * args.chaos_seconds,
             may_share=True,
-            env={"LMCACHE_TEST_VLLM_FLAGS": CHAOS_VLLM_FLAGS},
+            env={"LMCACHE_TEST_VLLM_FLAGS": ONE_VLLM_FLAGS},
         ),
         Part(
             "ranks",
@@ -95,7 +94,7 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
         ),
         *(sanitizer(tool, pytest("tests/transfer/test_cuda.py", "-k", tests)) for tool, tests in SANITIZED.items()),
         # Some fill the GPU.
-        Part("tests", pytest("-m", "gpu"), 500, env={"LMCACHE_TEST_VLLM_FLAGS": TESTS_VLLM_FLAGS}),
+        Part("tests", pytest("-m", "gpu"), 500, env={"LMCACHE_TEST_VLLM_FLAGS": ONE_VLLM_FLAGS}),
         Part("copy", benchmark("gpu_copy"), 200),
         Part("lanes", benchmark("gpu_lanes"), 120, min_gpus=2),
         Part("engine", benchmark("gpu_engine", *engine), 600),

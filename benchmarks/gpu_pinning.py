@@ -28,6 +28,7 @@ from engines import REQUEST_SECONDS, Engine, end_on_sigterm, make_prompt, stream
 from gpu_engine import engine_env, make_parser
 
 from lmcache.client.mq import MessageQueueClient
+from lmcache.pool import NAME_PREFIX
 from lmcache.protocol import PinReport, Status
 
 OUTPUT_TOKENS = 2000
@@ -162,7 +163,7 @@ def measure_latency(engine: Engine, port: int, l1_gib: float, folder: Path) -> d
 def wait_until_let_go(engine: Engine) -> None:
     """Return when the engine has unmapped the pool of the server that has ended: the host may not have room for two."""
     deadline = time.monotonic() + LET_GO_SECONDS
-    while any("lmcache-pool-" in path for member in engine.members() for path in mapped_paths(member.pid)):
+    while any(NAME_PREFIX in path for member in engine.members() for path in mapped_paths(member.pid)):
         if time.monotonic() > deadline:
             raise TimeoutError(f"the engine still maps the pool of a server that ended {LET_GO_SECONDS:g} s ago")
         time.sleep(POLL_SECONDS)

@@ -28,6 +28,8 @@ SCHEDULER_KIND = "engine-scheduler"
 # An engine counts an answer after it has sent it.
 SETTLE_SECONDS = 1.0
 SETTLE_STEP_SECONDS = 0.05
+# It tells the server what it has loaded without waiting for it, with the next heartbeat at the latest, a second later.
+CACHE_SETTLE_SECONDS = 2.0
 
 
 # -- the engine ---------------------------------------------------------------------------------------------------------
@@ -182,6 +184,15 @@ class CacheUse:
     has_l2: bool
     num_engines: int
     promoted_chunks: int = 0
+
+
+def settled_use(origins: TokenOrigins | Unknown, read: Callable[[], CacheUse | Unknown]) -> CacheUse | Unknown:
+    """Return what the server counts, once it knows of all that the engine says it has loaded, or after two seconds."""
+    loaded = origins.external if isinstance(origins, TokenOrigins) else 0
+    give_up_at = time.monotonic() + CACHE_SETTLE_SECONDS
+    while isinstance(use := read(), CacheUse) and use.retrieved_tokens < loaded and time.monotonic() < give_up_at:
+        time.sleep(SETTLE_STEP_SECONDS)
+    return use
 
 
 class CacheReader:

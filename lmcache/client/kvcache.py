@@ -269,11 +269,11 @@ class PinnedChunks:
             kept_at: when `are_kept` was true, on the monotonic clock.
         Raises: StaleReadError, ChecksumError: throw away what was copied.
         """
-        view = self._attachment.view if time.monotonic() - kept_at > KEPT_SECONDS else None
+        is_sure = time.monotonic() - kept_at <= KEPT_SECONDS
         for placement, extent in zip(self.placements, self.extents, strict=True):
             differs = check_content and placement.checksum and checksum(extent) != placement.checksum
             # After the bytes were read, and first to be told: other bytes are no wonder in a slot that was freed.
-            if not self._is_inline and view is not None and view.generation(placement.slot) != placement.generation:
+            if not is_sure and not self._is_there(placement):
                 raise StaleReadError(f"slot {placement.slot} was freed while it was read")
             if differs:
                 raise ChecksumError(f"chunk in slot {placement.slot} differs from what was stored")
@@ -281,11 +281,14 @@ class PinnedChunks:
     @property
     def are_kept(self) -> bool:
         """Whether all chunks are there and pinned. If so, they can be read for KEPT_SECONDS, whatever happens."""
+        are_there = all(self._is_there(placement) for placement in self.placements)
         view = self._attachment.view
-        if self._is_inline or view is None:
-            return True
-        are_there = all(view.generation(placement.slot) == placement.generation for placement in self.placements)
-        return are_there and view.boot_id.hex() == self._attachment.boot
+        return are_there and (self._is_inline or view is None or view.boot_id.hex() == self._attachment.boot)
+
+    def _is_there(self, placement: Placement) -> bool:
+        """Whether the slot still holds the chunk. What came over the socket is ours."""
+        view = self._attachment.view
+        return self._is_inline or view is None or view.generation(placement.slot) == placement.generation
 
     def release(self) -> None:
         """Unpin, without waiting for the reply. Never raises for a server that is gone: its pins are gone with it."""

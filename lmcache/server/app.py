@@ -218,7 +218,7 @@ def _adopt_pool(config: ServerConfig, path: Path) -> PoolFile | None:
     """Return the pool that an earlier server left; None when it was of no use and is removed."""
     try:
         pool = PoolFile.adopt(path)
-        time.sleep(KEPT_SECONDS)
+        time.sleep(KEPT_SECONDS)  # no slot could rest in its place: a damaged one does not say where its chunk is
     except PoolError as exc:
         if exc.code == "pool_in_use":
             raise UsageError(exc.message, exc.hint, exc.code) from exc

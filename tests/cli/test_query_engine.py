@@ -5,8 +5,7 @@ import time
 
 import pytest
 
-from lmcache.cli.commands.query.verify import _settled_use
-from lmcache.cli.counters import CacheUse, TokenOrigins
+from lmcache.cli.counters import CacheUse, TokenOrigins, settled_use
 from lmcache.cli.engine import Unknown
 from tests.cli.conftest import Cli
 from tests.cli.peers import EngineHandler, engine_peer, letters, tcp_peer
@@ -382,8 +381,8 @@ def test_what_the_engine_says_it_loaded_is_waited_for_at_the_server():
     """The engine tells the server without waiting, so the answer may be there before the server has counted."""
     origins = TokenOrigins(engine_cache=0, external=512, computed=10, finished_requests=1)
     seen = [0, 0, 512, 1024]
-    found = _settled_use(origins, lambda: CacheUse(0, 0, 0, 0, retrieved_tokens=seen.pop(0), has_l2=False, num_engines=1))
+    found = settled_use(origins, lambda: CacheUse(0, 0, 0, 0, retrieved_tokens=seen.pop(0), has_l2=False, num_engines=1))
     assert (found.retrieved_tokens, seen) == (512, [1024])
     unknown = Unknown("nobody counts")
-    assert _settled_use(unknown, lambda: found) is found
-    assert _settled_use(origins, lambda: unknown) is unknown
+    assert settled_use(unknown, lambda: found) is found
+    assert settled_use(origins, lambda: unknown) is unknown

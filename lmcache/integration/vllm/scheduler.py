@@ -140,8 +140,6 @@ class SchedulerHalf:
         self._loading: dict[int, list[str]] = {}
         self._loaded_up_to: dict[int, int] = {}
         self._last_load_plan = 0
-        # Of these, the requests that have ended already; the device may still read what they pinned.
-        self._ended_loading: set[str] = set()
         # Ended requests whose stores still wait for the ranks to have loaded what they rest on.
         self._ended: dict[str, TrackedRequest] = {}
         # Where workers store later: the plan up to which each rank has, and the requests whose blocks vLLM keeps for that.
@@ -431,11 +429,10 @@ class SchedulerHalf:
         self._loaded_up_to.update(report.loaded_up_to)
         for number in [number for number in self._loading if number <= self._all_loaded_up_to()]:
             for request_id in self._loading.pop(number):
-                if request_id in self._ended_loading:
-                    self._ended_loading.remove(request_id)
-                    self._client.post_end_session(request_id)
-                else:
+                if request_id in self._tracked:
                     self.free_pins(request_id)
+                else:  # it has ended meanwhile
+                    self._client.post_end_session(request_id)
 
     def _distrust(self, invalid: set[int]) -> None:
         """Mark the invalid blocks and all that may have been computed from them.
@@ -477,9 +474,7 @@ class SchedulerHalf:
         if tracked is not None:
             if tracked.lookup is not None:
                 tracked.lookup.abandon()
-            if self._is_being_loaded(request_id):
-                self._ended_loading.add(request_id)
-            elif tracked.may_hold_pins:
+            if tracked.may_hold_pins and not self._is_being_loaded(request_id):  # else the device may still read them
                 self._client.post_end_session(request_id)
 
     def free_pins(self, request_id: str, end_tokens: int = UNKNOWN) -> None:

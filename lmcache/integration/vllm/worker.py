@@ -275,9 +275,8 @@ class WorkerHalf:
             time.sleep(LINGER_POLL_SECONDS)
 
     def _awaits_a_load(self) -> bool:
-        is_over = bool(self._loading) and self._loading[0].is_over
         has_unnamed = any(not load.is_named for load in self._loading)
-        return self._copies_later and has_unnamed and not is_over and self._next_to_name(IDLE_LEAD_BYTES) is None
+        return has_unnamed and not self._loading[0].is_over and self._next_to_name(IDLE_LEAD_BYTES) is None
 
     def take_received(self, is_idle: bool = False) -> set[str]:
         """Return, once each, the requests whose awaited loads are over, or nearly; what did not arrive is remembered.
@@ -286,10 +285,10 @@ class WorkerHalf:
             is_idle: no forward pass has to wait for a load that is not over.
         Raises: SpoiledLoadError.
         """
-        while self._copies_later and self._loading and self._loading[0].is_over:
+        while self._loading and self._loading[0].is_over:
             self._settle_first()
         now = time.monotonic()  # before it is seen whether their chunks are kept
-        while self._copies_later and (load := self._next_to_name(IDLE_LEAD_BYTES if is_idle else LEAD_BYTES)) is not None:
+        while (load := self._next_to_name(IDLE_LEAD_BYTES if is_idle else LEAD_BYTES)) is not None:
             load.named_at = now
             self._received.add(load.span.request_id)
         self._loaded_up_to = self._loading[0].plan_number - 1 if self._loading else self._last_load_plan
@@ -318,7 +317,7 @@ class WorkerHalf:
 
     def _settle_named(self) -> None:
         """What a step computes may rest on loads that were named before it: return when these are good."""
-        while self._copies_later and self._loading and self._loading[0].holds_back:
+        while self._loading and self._loading[0].holds_back:
             self._settle_first()
 
     def _settle(self, load: LoadUnderWay) -> bool:

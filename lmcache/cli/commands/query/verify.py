@@ -11,8 +11,6 @@ prompts even an engine's own cache gives another answer.
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Callable
 
 from lmcache.cli.commands.query.engine import Asked, add_counts, add_latency
 from lmcache.cli.counters import (
@@ -22,6 +20,7 @@ from lmcache.cli.counters import (
     cache_use,
     read_engine,
     settled_origins,
+    settled_use,
 )
 from lmcache.cli.engine import Unknown, reset_prefix_cache
 from lmcache.cli.generation import Generation
@@ -30,9 +29,6 @@ from lmcache.errors import InconclusiveError, LMCacheError, UnreachableError
 
 OWN_CACHE = "the engine's own prefix cache"
 COMPUTATION = "a full computation"
-# The next heartbeat tells at the latest, a second later.
-SETTLE_SECONDS = 2.0
-SETTLE_PAUSE_SECONDS = 0.05
 
 
 class Pass:
@@ -85,16 +81,7 @@ def _ask(asked: Asked, salt: str, cache: CacheReader, trusts_server: bool) -> Pa
     engine_before, cache_before = read_engine(url, timeout), cache.read()
     answer = asked.send(cache_salt=salt)
     origins = settled_origins(engine_before, lambda: read_engine(url, timeout), num_answered=1)
-    return Pass(answer, origins, _settled_use(origins, lambda: cache_use(cache_before, cache.read())), trusts_server)
-
-
-def _settled_use(origins: TokenOrigins | Unknown, read: Callable[[], CacheUse | Unknown]) -> CacheUse | Unknown:
-    """Return what the server counts, once it knows of what the engine has loaded: an engine tells it without waiting."""
-    loaded = origins.external if isinstance(origins, TokenOrigins) else 0
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while isinstance(use := read(), CacheUse) and use.retrieved_tokens < loaded and time.monotonic() < deadline:
-        time.sleep(SETTLE_PAUSE_SECONDS)
-    return use
+    return Pass(answer, origins, settled_use(origins, lambda: cache_use(cache_before, cache.read())), trusts_server)
 
 
 def _reset(asked: Asked) -> LMCacheError | None:
