@@ -330,7 +330,7 @@ class PinsReply(Reply):
 
 
 class FreeLookupLocks(Request[PinsReply], tag="FREE_LOOKUP_LOCKS"):
-    """Unpins chunks [start, end) of what LOOKUP pinned for the request."""
+    """Unpins chunks [start, end) of what LOOKUP pinned for the request; one that still waits and finds no others is a miss."""
 
     reply_type = PinsReply
     client: ClientId
@@ -340,7 +340,7 @@ class FreeLookupLocks(Request[PinsReply], tag="FREE_LOOKUP_LOCKS"):
 
 
 class EndSession(Request[PinsReply], tag="END_SESSION"):
-    """Releases every pin of a request: of one client, or of all clients when none is named."""
+    """Releases every pin of a request: of one client, or of all clients when none is named. A LOOKUP that waits is a miss."""
 
     reply_type = PinsReply
     request_id: Name

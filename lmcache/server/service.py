@@ -24,6 +24,7 @@ from lmcache.pool import PAGE_BYTES, PoolFile, is_client_alive, remove_client_fi
 from lmcache.protocol import (
     FEATURES,
     MAX_CHUNK_BYTES,
+    MAX_CHUNKS,
     MAX_PLACES,
     MIN_PROTOCOL_VERSION,
     PROTOCOL_VERSION,
@@ -141,6 +142,14 @@ class Pending(msgspec.Struct, frozen=True):
     started_at: float
 
 
+class PendingLookup(msgspec.Struct, eq=False):
+    """A LOOKUP that waits for the tiers. It `is_abandoned` when its request gives up all that it would pin."""
+
+    request: Lookup
+    num_chunks: int
+    is_abandoned: bool = False
+
+
 class PendingClear(msgspec.Struct):
     """A CLEAR that waits: with `force` for pins, with tiers for what moves and for the tiers."""
 
@@ -190,6 +199,7 @@ class CacheService:
         self._started_at = time.monotonic()
         self._models: dict[int, Model] = {}
         self._pending_clears: list[PendingClear] = []
+        self._pending_lookups: list[PendingLookup] = []
         self._orphans = storage.l1.reservations()
         self._log = RateLimitedLog(logger)
         self._last_request_at = self._started_at
@@ -487,11 +497,24 @@ class CacheService:
         if request.client is not None and (has_all or self.sessions.find(request.client) is None):
             return False
         max_seconds = None if request.timeout_seconds is None else request.timeout_seconds * TIMEOUT_SHARE
+        lookup = PendingLookup(request, num_chunks)
 
         def done(found: Found) -> None:
-            self._finish(pending, lambda: self._lookup(request, [keys], found))
+            self._pending_lookups.remove(lookup)
+            miss = Answer(LookupReply())
+            self._finish(pending, lambda: miss if lookup.is_abandoned else self._lookup(request, [keys], found))
 
-        return tiers.look_up(keys, request.world_size, slots, request.client is not None, max_seconds, done)
+        self._pending_lookups.append(lookup)
+        has_begun = tiers.look_up(keys, request.world_size, slots, request.client is not None, max_seconds, done)
+        if not has_begun:
+            self._pending_lookups.remove(lookup)
+        return has_begun
+
+    def _abandon_lookups(self, client: Client, request_id: str, start: int = 0, end: int = MAX_CHUNKS) -> None:
+        """A request gives up chunks [start, end). What it still waits for would be pinned afterwards, and for nobody."""
+        for lookup in self._pending_lookups:
+            if (lookup.request.client, lookup.request.request_id) == (client.id, request_id):
+                lookup.is_abandoned = lookup.is_abandoned or (start == 0 and end >= lookup.num_chunks)
 
     def _lookup(self, request: Lookup, payload: Payload, found: Found | None = None) -> Answer:
         """`found`: what the tiers said, if they were asked; what they had is in L1 by now."""
@@ -522,12 +545,15 @@ class CacheService:
 
     def _free_lookup_locks(self, request: FreeLookupLocks, payload: Payload) -> Answer:
         client = self._client(request.client)
+        self._abandon_lookups(client, request.request_id, request.start, request.end)
         slots = self.sessions.free_lookup(client, request.request_id, request.start, request.end)
         self.storage.l1.unpin(slots)
         return Answer(PinsReply(released=len(slots)))
 
     def _end_session(self, request: EndSession, payload: Payload) -> Answer:
         clients = list(self.sessions.clients.values()) if request.client is None else [self._client(request.client)]
+        for client in clients:
+            self._abandon_lookups(client, request.request_id)
         slots = [slot for client in clients for slot in self.sessions.end_session(client, request.request_id)]
         if request.client is None:  # an operator, who does not know what the holder is about
             self.storage.l1.take_back(slots)

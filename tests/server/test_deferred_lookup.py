@@ -84,6 +84,49 @@ def test_a_client_that_left_meanwhile_holds_no_pins(tiered: Tiered):
     assert tiered.harness.pins == 0
 
 
+@pytest.mark.parametrize(
+    "letting_go",
+    [
+        lambda client: FreeLookupLocks(client=client.id, request_id="r"),
+        lambda client: FreeLookupLocks(client=client.id, request_id="r", end=2),
+        lambda client: EndSession(client=client.id, request_id="r"),
+        lambda client: EndSession(request_id="r"),
+    ],
+    ids=["free", "free-all-it-may-find", "end", "end-by-an-operator"],
+)
+def test_a_request_that_let_go_before_it_was_answered_holds_no_pins(tiered: Tiered, letting_go):
+    """An engine that had the prefix itself may never read the late answer, and could not give back what that grants."""
+    client = tiered.harness.client()
+    put_value(tiered.fake, 0, 1)
+    tiered.fake.stop("get")
+    answers = tiered.look_up(client.id, 0, 1)
+    wait_until(lambda: (tiered.tiers.tick(), tiered.fake.num_waiting)[1])
+    assert tiered.harness.call(letting_go(client)).released == 0
+    tiered.fake.go()
+    assert tiered.until_answered(answers).reply.hit_chunks == 0
+    assert (tiered.harness.pins, tiered.harness.sessions.num_sessions) == (0, 0)
+    assert tiered.until_answered(tiered.look_up(client.id, 0, 1)).reply.hit_chunks == 2  # the next one is another matter
+    tiered.harness.call(EndSession(request_id="r"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"request_id": "another"}, {"request_id": "r", "start": 1}, {"request_id": "r", "end": 1}],
+    ids=["another-request", "not-the-first", "not-the-last"],
+)
+def test_what_a_request_has_not_let_go_of_is_pinned_for_it(tiered: Tiered, other):
+    client, stranger = tiered.harness.client(), tiered.harness.client()
+    put_value(tiered.fake, 0, 1)
+    tiered.fake.stop("get")
+    answers = tiered.look_up(client.id, 0, 1)
+    wait_until(lambda: (tiered.tiers.tick(), tiered.fake.num_waiting)[1])
+    tiered.harness.call(FreeLookupLocks(client=client.id, **other))
+    tiered.harness.call(FreeLookupLocks(client=stranger.id, request_id="r"))
+    tiered.fake.go()
+    assert tiered.until_answered(answers).reply.hit_chunks == 2
+    assert tiered.harness.call(EndSession(client=client.id, request_id="r")).released == 2
+
+
 def test_an_answer_that_cannot_be_delivered_holds_no_pins(tiered: Tiered):
     client = tiered.harness.client()
     put_value(tiered.fake, 0)
