@@ -67,6 +67,7 @@ def make_vllm_config(model_dir, rank=0, num_ranks=1, **changes):
         parallel_config=SimpleNamespace(
             world_size=num_ranks, tensor_parallel_size=num_ranks, decode_context_parallel_size=1, rank=rank
         ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
         scheduler_config=SimpleNamespace(async_scheduling=changes.pop("async_scheduling", False)),
         compilation_config=SimpleNamespace(static_forward_context={name: Layer() for name in LAYERS}),
         kv_transfer_config=SimpleNamespace(

@@ -83,6 +83,7 @@ def vllm_config(backend, extra=None):
         model_config=SimpleNamespace(
             model="m", revision=None, dtype="bfloat16", quantization=None, hf_config=SimpleNamespace(to_dict=dict)
         ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
         compilation_config=SimpleNamespace(
             static_forward_context={name: SimpleNamespace(attn_backend=backend) for name in NAMES}
         ),

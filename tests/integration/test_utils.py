@@ -97,7 +97,7 @@ def test_requests_of_another_adapter_medium_or_tenant_never_share_a_key(one, oth
     assert (keys[0] == keys[1]) is same
 
 
-def make_vllm_config(folder, num_ranks=1, **changes):
+def make_vllm_config(folder, num_ranks=1, cache=None, **changes):
     model = {
         "model": str(folder),
         "revision": None,
@@ -106,7 +106,11 @@ def make_vllm_config(folder, num_ranks=1, **changes):
         "hf_config": SimpleNamespace(to_dict=lambda: {"rope_theta": changes.pop("rope", 1)}),
         **changes,
     }
-    return SimpleNamespace(model_config=SimpleNamespace(**model), parallel_config=SimpleNamespace(world_size=num_ranks))
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**model),
+        parallel_config=SimpleNamespace(world_size=num_ranks),
+        cache_config=SimpleNamespace(**{"cache_dtype": "auto", **(cache or {})}),
+    )
 
 
 def test_another_checkpoint_in_the_same_folder_is_another_model(tmp_path):
@@ -120,6 +124,20 @@ def test_another_checkpoint_in_the_same_folder_is_another_model(tmp_path):
         assert changed.revision != first.revision
     weights.write_bytes(bytes((1 << 18) - 1) + b"\1")
     assert engine_namespace(make_vllm_config(tmp_path), layout).revision != first.revision
+
+
+def test_kinds_of_kv_whose_tensors_look_alike_are_not_shared(tmp_path):
+    """COR-3. vLLM keeps all of these in tensors of bytes, with the same shape."""
+    layout = KVLayout(num_layers=1, num_planes=1, block_bytes=1, block_size=1, dtype="uint8")
+    kinds = ("auto", "fp8_e4m3", "fp8_e5m2", "nvfp4", "nvfp4_4over6")
+    configs = [make_vllm_config(tmp_path, cache={"cache_dtype": kind}) for kind in kinds]
+    assert len({engine_namespace(config, layout).id for config in configs}) == len(kinds)
+
+
+def test_kv_whose_scales_only_its_engine_knows_is_refused(tmp_path):
+    layout = KVLayout(num_layers=1, num_planes=1, block_bytes=1, block_size=1, dtype="uint8")
+    with pytest.raises(UsageError, match="calculate_kv_scales"):
+        engine_namespace(make_vllm_config(tmp_path, cache={"calculate_kv_scales": True}), layout)
 
 
 def test_kv_that_all_ranks_hold_is_one_shard_and_shared_only_by_as_many_ranks(tmp_path):

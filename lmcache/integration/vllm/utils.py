@@ -152,11 +152,17 @@ def engine_namespace(vllm_config: Any, layout: KVLayout, is_replicated: bool = F
 
     Args:
         is_replicated: all ranks hold the same KV.
+    Raises: UsageError when KV means something in this one process only.
     """
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise UsageError(
+            "calculate_kv_scales makes up scales of the KV from an engine's first request: no other engine could read it",
+            hint="take it out, and use a checkpoint that has its scales",
+        )
     model, num_ranks = vllm_config.model_config, vllm_config.parallel_config.world_size
     return Namespace(
         model=str(model.model),
-        revision=_model_revision(model, num_ranks if is_replicated else 1),
+        revision=_model_revision(model, str(vllm_config.cache_config.cache_dtype), num_ranks if is_replicated else 1),
         dtype=layout.dtype,
         layout=layout.fingerprint,
         chunk_size=0,
@@ -164,11 +170,12 @@ def engine_namespace(vllm_config: Any, layout: KVLayout, is_replicated: bool = F
     )
 
 
-def _model_revision(model: Any, num_copies: int) -> str:
+def _model_revision(model: Any, cache_dtype: str, num_copies: int) -> str:
     """Return the model's revision and a digest of all else that decides what its KV holds.
 
     A folder has no revision, so a sample of its weights stands for it: a checkpoint that was
-    overwritten in place must not find the old one's KV. How many ranks compute the same KV decides in which order they add up,
+    overwritten in place must not find the old one's KV. Of `cache_dtype` the tensors do not tell: they are bytes for both
+    kinds of fp8. How many ranks compute the same KV decides in which order they add up,
     and so the last bits of it.
     """
     config = model.hf_config
@@ -178,6 +185,7 @@ def _model_revision(model: Any, num_copies: int) -> str:
         "config": config.to_dict() if hasattr(config, "to_dict") else repr(config),
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
+        "kv_cache_dtype": cache_dtype,
         "weights": weights_digest(folder) if folder.is_dir() else "",
     }
     if num_copies > 1:
