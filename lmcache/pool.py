@@ -7,10 +7,11 @@ header and the table, reads and writes data). Next on the data path: `storage/l1
 
 The slot table is the truth about what the pool holds; what the server keeps in its own memory is built from it. A reader
 compares a slot's generation after its copy with the one it was told before: the server changes it *before* it gives the
-extent to anyone else, so an unchanged generation means that the bytes are the chunk's. It also changes when a pin is taken from
-its holder. So a chunk whose holder has seen the generation unchanged, and then the boot id, stays readable for KEPT_SECONDS,
-whatever becomes of the pin and of the server. (Aligned 8-byte loads and stores, in program order on x86; a port to a weaker
-memory model needs a fence in `generation` and `write`.)
+extent to anyone else, so an unchanged generation means that the bytes are the chunk's. Its low half counts that; the high half
+counts the pins that were taken from their holders. So a chunk whose holder has seen the generation unchanged, and then the boot
+id, stays readable for KEPT_SECONDS, whatever becomes of the pin and of the server, and so long the low half stays as it is.
+(Aligned 8-byte loads and stores, in program order on x86; a port to a weaker memory model needs a fence in `generation` and
+`write`.)
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ CLIENT_SUFFIX = ".client-"
 NO_OWNER = bytes(16)
 # An engine that goes on while its GPU still reads a chunk counts on it. A GPU takes some 10 ms for what is left then.
 KEPT_SECONDS = 0.25
+_HALF = 1 << 32
 LOCK_TRIES = 20
 LOCK_PAUSE_SECONDS = 0.01
 
@@ -361,6 +363,21 @@ class PoolFile:
 _UNUSED = bytes(RECORD_BYTES)
 _FREE_RECORD = SlotRecord()
 _STATES = tuple(SlotState)
+
+
+def freed_generation(generation: int) -> int:
+    """Return a slot's generation once its extent is given up. A damaged record's may be anything: it wraps around."""
+    return (generation + 1) % _HALF**2
+
+
+def taken_generation(generation: int) -> int:
+    """Return a slot's generation once a pin is taken from its holder; the chunk is still there."""
+    return (generation + _HALF) % _HALF**2
+
+
+def is_same_chunk(generation: int, other: int) -> bool:
+    """Tell whether a slot's extent was not given up between two looks at its generation."""
+    return (generation - other) % _HALF == 0
 
 
 def client_path(pool_path: Path, client_id: str) -> Path:

@@ -36,7 +36,7 @@ from lmcache.errors import (
 from lmcache.keys import KEY_BYTES, Namespace
 from lmcache.layout import KVLayout
 from lmcache.log import RateLimitedLog, init_logger
-from lmcache.pool import KEPT_SECONDS, PoolView, Presence
+from lmcache.pool import KEPT_SECONDS, PoolView, Presence, is_same_chunk
 from lmcache.protocol import (
     MAX_CHUNKS,
     Abort,
@@ -269,11 +269,11 @@ class PinnedChunks:
             kept_at: when `are_kept` was true, on the monotonic clock.
         Raises: StaleReadError, ChecksumError: throw away what was copied.
         """
-        is_sure = time.monotonic() - kept_at <= KEPT_SECONDS
+        is_kept = time.monotonic() - kept_at <= KEPT_SECONDS
         for placement, extent in zip(self.placements, self.extents, strict=True):
             differs = check_content and placement.checksum and checksum(extent) != placement.checksum
             # After the bytes were read, and first to be told: other bytes are no wonder in a slot that was freed.
-            if not is_sure and not self._is_there(placement):
+            if not self._is_there(placement, is_kept):
                 raise StaleReadError(f"slot {placement.slot} was freed while it was read")
             if differs:
                 raise ChecksumError(f"chunk in slot {placement.slot} differs from what was stored")
@@ -285,10 +285,13 @@ class PinnedChunks:
         view = self._attachment.view
         return are_there and (self._is_inline or view is None or view.boot_id.hex() == self._attachment.boot)
 
-    def _is_there(self, placement: Placement) -> bool:
-        """Whether the slot still holds the chunk. What came over the socket is ours."""
+    def _is_there(self, placement: Placement, is_kept: bool = False) -> bool:
+        """Whether the slot still holds the chunk, and pinned unless it `is_kept` anyway. What came over the socket is ours."""
         view = self._attachment.view
-        return self._is_inline or view is None or view.generation(placement.slot) == placement.generation
+        if self._is_inline or view is None:
+            return True
+        now = view.generation(placement.slot)
+        return is_same_chunk(now, placement.generation) if is_kept else now == placement.generation
 
     def release(self) -> None:
         """Unpin, without waiting for the reply. Never raises for a server that is gone: its pins are gone with it."""
@@ -397,6 +400,8 @@ class PendingLookup:
     def __init__(self, client: KVCacheClient, future: ReplyFuture[LookupReply]) -> None:
         self._client = client
         self._future = future
+        # By request, so that it would take the pins of the request's next lookup along.
+        future.is_undone_late = False
 
     @property
     def is_settled(self) -> bool:
@@ -410,7 +415,7 @@ class PendingLookup:
     def result(self) -> LookupReply:
         """Return the reply, once it is settled.
 
-        Raises: DeadlineError, RemoteError, ProtocolError: a miss. What a late reply grants is given back.
+        Raises: DeadlineError, RemoteError, ProtocolError: a miss. The answer may still come, and pin.
         """
         try:
             return self._future.result()
@@ -422,7 +427,7 @@ class PendingLookup:
             raise
 
     def abandon(self) -> None:
-        """Stop waiting; what a reply that still comes grants is given back."""
+        """Stop waiting. What it still pins goes when the request frees its locks, or ends: before the answer or after it."""
         self._future.abandon()
 
 
@@ -734,7 +739,7 @@ class KVCacheClient:
             elif isinstance(request, Retrieve) and reply.placements:
                 self.mq.post(Release(client=request.client, request_id=request.request_id, placements=reply.placements))
             elif isinstance(request, Lookup) and request.client is not None and reply.hit_chunks:
-                # That life of ours ended with the deadline: whatever it still holds for the request is nobody's.
+                # Of `lookup`, whose deadline ended that life of ours: whatever it still holds for the request is nobody's.
                 self.mq.post(FreeLookupLocks(client=request.client, request_id=request.request_id))
 
     def close(self) -> None:
@@ -822,7 +827,8 @@ class KVCacheClient:
     def start_lookup(
         self, keys: bytes, request_id: str, world_size: int, timeout_seconds: float, places: bool = False
     ) -> PendingLookup:
-        """Start a lookup that pins what it finds for `request_id`; nothing is waited for.
+        """Start a lookup that pins what it finds for `request_id`; nothing is waited for. The pins are the caller's to free,
+        also when it does not wait for the answer.
 
         Args:
             places: ask where the chunks lie, for whoever may `borrow` them.

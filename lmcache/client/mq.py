@@ -45,6 +45,8 @@ class ReplyFuture(Generic[R]):
         self.payload: list[memoryview] = []
         self.sent_at = self.received_at = 0.0
         self.tracker: zmq.MessageTracker | None = None
+        self.is_undone_late = True
+        """Whether `on_late_reply` is to hear of a reply that comes after nobody waits for it any more."""
         self._channel = channel
         self._deadline = deadline
         self._header: bytes | None = None
@@ -203,14 +205,16 @@ class _Channel:
             self._client.on_late_reply(late)
 
     def abandon(self, future: ReplyFuture[Any]) -> None:
-        """Stop waiting; a reply that still comes goes to `on_late_reply`, which gives back what it granted.
+        """Stop waiting; a reply that still comes goes to `on_late_reply`, which gives back what it granted, if that is wanted.
 
         Where the caller's buffers are still being sent, the connection goes: it may change them now, and a message that ended
         with other bytes than it began would be stored. The server drops the half that it has.
         """
         for request_id, waiting in self._waiting.items():
             if waiting is future:
-                self._abandoned[request_id] = self._waiting.pop(request_id)
+                del self._waiting[request_id]
+                if future.is_undone_late:
+                    self._abandoned[request_id] = future
                 break
         if future.tracker is not None and not future.tracker.done:
             self._socket.close()

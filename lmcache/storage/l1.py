@@ -6,8 +6,8 @@
       |        | owner died     | (only when not pinned)
       +--------+----------------+   each arrow into FREE raises the slot's generation
 
-A pin that is taken from its holder, who has not given it back, raises the generation too, and keeps the entry for KEPT_SECONDS
-more (`take_back`).
+A pin that is taken from its holder, who has not given it back, raises the generation too, by another step, and keeps the entry
+for KEPT_SECONDS more (`take_back`).
 A reservation is invisible until its commit. Comes in: keys and page counts from `manager.py`. Goes out: `Placement`s, whose
 bytes the clients write and read. Everything here belongs to the owner thread; nothing blocks.
 """
@@ -23,7 +23,17 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from lmcache.keys import KEY_BYTES, split_keys
-from lmcache.pool import KEPT_SECONDS, NO_OWNER, PAGE_BYTES, PoolFile, SlotRecord, SlotState, pages_of
+from lmcache.pool import (
+    KEPT_SECONDS,
+    NO_OWNER,
+    PAGE_BYTES,
+    PoolFile,
+    SlotRecord,
+    SlotState,
+    freed_generation,
+    pages_of,
+    taken_generation,
+)
 from lmcache.protocol import Placement, StoreOutcome
 from lmcache.storage.eviction.base import EvictionPolicy
 from lmcache.storage.extents import ExtentAllocator
@@ -274,7 +284,7 @@ class L1Cache:
         self.unpin(taken)
         for slot in set(taken):
             record = self.record(slot)
-            self.pool.write(slot, msgspec.structs.replace(record, generation=_next_generation(record.generation)))
+            self.pool.write(slot, msgspec.structs.replace(record, generation=taken_generation(record.generation)))
             self._rests_until[slot] = time.monotonic() + KEPT_SECONDS
 
     def touch(self, slots: Sequence[int]) -> None:
@@ -414,7 +424,7 @@ class L1Cache:
 
     def _free(self, slot: int, record: SlotRecord) -> None:
         """The generation changes before the extent can be handed out again: late readers depend on it."""
-        self.pool.write(slot, _freed(record.generation))
+        self.pool.write(slot, SlotRecord(generation=freed_generation(record.generation)))
         start, num_pages = record.offset // PAGE_BYTES, self._pages[slot]
         self._slot_at_page[start] = 0
         self._slot_at_page[start + num_pages - 1] = 0
@@ -461,7 +471,7 @@ class L1Cache:
         return record.offset + record.length <= self.pool.header.capacity_bytes
 
     def _discard(self, slot: int) -> None:
-        self.pool.write(slot, _freed(self.pool.generation(slot)))
+        self.pool.write(slot, SlotRecord(generation=freed_generation(self.pool.generation(slot))))
 
     def _without_overlaps(self, kept: list[tuple[SlotRecord, int]]) -> list[tuple[SlotRecord, int]]:
         """Two records can claim the same pages, or two slots one key, only in a damaged table: believe neither."""
@@ -513,15 +523,6 @@ class L1Cache:
             at = start + pages_of(record.length)
         if at < self.capacity_pages:
             yield at, self.capacity_pages
-
-
-def _freed(generation: int) -> SlotRecord:
-    """The record of a slot whose extent was given up. A damaged record's generation may be anything: it wraps around."""
-    return SlotRecord(generation=_next_generation(generation))
-
-
-def _next_generation(generation: int) -> int:
-    return (generation + 1) % 2**64
 
 
 def _rank_suffix(rank: int) -> bytes:

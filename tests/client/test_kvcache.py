@@ -12,7 +12,7 @@ from lmcache.client.kvcache import KVCacheClient, checksum
 from lmcache.errors import ChecksumError, DeadlineError, PoolError, RemoteError, StaleReadError, UnreachableError
 from lmcache.keys import KEY_BYTES, chunk_keys
 from lmcache.pool import PAGE_BYTES, Presence
-from lmcache.protocol import Clear, Evict, FailureReason, Goodbye, HelloReply, NoopReply, PinReport, StoreOutcome
+from lmcache.protocol import Clear, EndSession, Evict, FailureReason, Goodbye, HelloReply, NoopReply, PinReport, StoreOutcome
 from tests.fakes import Proxy, ScriptedPeer, reply_of, seconds
 from tests.pools import content, key, keys, server_in, status_of, wait_until
 from tests.server.harness import LAYOUT, namespace
@@ -468,6 +468,25 @@ def test_an_extent_being_written_when_the_server_restarts_is_given_to_nobody(tmp
     (tmp_path / "lmcache-pool-kept").unlink()
 
 
+def test_a_chunk_is_kept_for_a_while_when_its_pin_is_taken_but_not_when_it_is_given_back(server, monkeypatch):
+    monkeypatch.setattr("lmcache.storage.l1.KEPT_SECONDS", 600.0)
+    monkeypatch.setattr("lmcache.client.kvcache.KEPT_SECONDS", 600.0)
+    with KVCacheClient(server.endpoints.zmq) as client, KVCacheClient(server.endpoints.zmq) as other:
+        other.store(keys(1, 2), chunks_of(1, 2))
+        pinned = {name: client.pin(keys(number), name) for name, number in (("taken", 1), ("given back", 2))}
+        named_at = time.monotonic()
+        assert all(one.are_kept for one in pinned.values())
+        other.mq.call(EndSession(request_id="taken"))
+        client.end_session("given back")
+        assert other.mq.call(Evict(), [keys(1, 2)]).objects == 1
+        pinned["taken"].verify(kept_at=named_at)
+        for one, kept_at in ((pinned["taken"], named_at - 601), (pinned["given back"], named_at)):
+            with pytest.raises(StaleReadError):
+                one.verify(kept_at=kept_at)
+        for one in pinned.values():
+            one.release()
+
+
 # -- replies that come late or never ----------------------------------------------------------------------------------
 
 
@@ -498,6 +517,25 @@ def test_what_a_late_reply_grants_is_given_back_while_that_life_of_the_client_go
             wait_until(only_the_other_reservation_is_held)
             busy.extents[0][:] = content(7, PAGE_BYTES)
             assert busy.commit() == 1
+
+
+def test_the_late_answer_to_a_lookup_takes_no_pins_of_the_requests_next_one(server):
+    """An engine did not wait for the first, and freed what it may have pinned; the answer is read only now."""
+    with KVCacheClient(server.endpoints.zmq) as helper, Proxy(server.endpoints.zmq) as proxy:
+        helper.store(keys(1), chunks_of(1))
+        with KVCacheClient(proxy.url, timeout_seconds=60) as client:
+            client.attach()
+            proxy.hold.set()
+            first = client.start_lookup(keys(1), "r", 1, 60.0)
+            wait_until(lambda: proxy.held)
+            first.abandon()
+            client.post_free_lookup_locks("r")
+            proxy.hold.clear()
+            second = client.start_lookup(keys(1), "r", 1, 60.0)
+            assert second.result().l1_chunks == 1
+            assert client.lookup(keys(1), pin=False).hit_chunks == 1  # after what may have been posted
+            assert status_of(server)["l1"]["pins"] == 1
+            client.end_session("r")
 
 
 @pytest.mark.parametrize("verb", ["reserve", "pin", "commit", "abort", "release"])

@@ -54,11 +54,12 @@ class TrackedRequest:
 
     `tokens` are vLLM's own and grow; `keys` covers their whole chunks, up to the last time somebody
     needed them. `lookup` is under way; its answer for the admission to come is `hit_chunks`, which lie
-    at `places`, valid in the server life `hit_boot` and pinned since `pinned_at`. Chunks before
-    `stored_chunks` need not be offered for storing; the last plan that stores any has the number `last_store`. While
-    some blocks are distrusted, `own_from` is the token from which on the request has computed all KV
-    itself, and from trusted blocks. The KV of its tokens up to `computed` rests on no load of a plan after `rests_on`.
-    Where a request waits for its load, `is_loading` lasts until it is computed; one whose load `has_failed` loads no more.
+    at `places`, valid in the server life `hit_boot` and pinned beyond `lasts_until`. While it `may_hold_pins`, a lookup of it
+    has pinned something, or may yet. Chunks before `stored_chunks` need not be offered for storing; the last plan that stores
+    any has the number `last_store`. While some blocks are distrusted, `own_from` is the token from which on the request has
+    computed all KV itself, and from trusted blocks. The KV of its tokens up to `computed` rests on no load of a plan after
+    `rests_on`. Where a request waits for its load, `is_loading` lasts until it is computed; one whose load `has_failed` loads no
+    more.
     """
 
     request_id: str
@@ -72,7 +73,7 @@ class TrackedRequest:
     hit_chunks: int = 0
     places: list[Placement] = field(default_factory=list)
     hit_boot: str = ""
-    pinned_at: float = 0.0
+    lasts_until: float = 0.0
     may_hold_pins: bool = False
     matched_from: int = 0
     block_ids: list[int] = field(default_factory=list)
@@ -230,7 +231,7 @@ class SchedulerHalf:
         if usable <= 0 or not self._can_load:
             return
         tracked.extend_keys()
-        tracked.pinned_at = time.monotonic()
+        tracked.lasts_until = time.monotonic() + self._client.present().pin_timeout_seconds / 2
         tracked.lookup = self._client.start_lookup(
             tracked.key_span(0, usable),
             tracked.request_id,
@@ -238,7 +239,6 @@ class SchedulerHalf:
             self._lookup_timeout_seconds,
             places=self._passes_places,
         )
-        tracked.may_hold_pins = True
 
     def _hit_chunks(self, tracked: TrackedRequest) -> int | None:
         """Return the lookup's answer if it has come, after starting one where there is none for this life of the server."""
@@ -253,12 +253,13 @@ class SchedulerHalf:
             try:
                 reply = lookup.result()
             except LMCacheError as exc:
+                tracked.may_hold_pins = True
                 self._client.tally.add(failed_lookups={failure_reason(exc): 1})
                 raise
             tracked.hit_chunks, tracked.hit_boot = reply.l1_chunks, reply.boot
             if len(reply.placements) == reply.l1_chunks * tracked.namespace.world_size:
                 tracked.places = reply.placements
-            tracked.may_hold_pins = reply.l1_chunks > 0
+            tracked.may_hold_pins |= reply.l1_chunks > 0
         return min(tracked.hit_chunks, self._usable_chunks(tracked))
 
     def _has_come(self, lookup: PendingLookup) -> bool:
@@ -291,6 +292,7 @@ class SchedulerHalf:
     def _end_lookup(self, tracked: TrackedRequest, lookup: PendingLookup) -> None:
         """vLLM goes on without the answer. If it is there all the same, what the server has need not be offered to it again."""
         tracked.lookup = None
+        tracked.may_hold_pins = True
         if not lookup.wait(0.0):
             lookup.abandon()
             return
@@ -302,19 +304,16 @@ class SchedulerHalf:
         start, end = tracked.matched_from, tracked.matched_from + num_tokens
         first_chunk, end_chunk = start // chunk_size, -(-end // chunk_size)
         num_shards = tracked.namespace.world_size
+        lasts = time.monotonic() < tracked.lasts_until  # longer than a load takes; else the worker pins it anew
         return ChunkSpan(
             tracked.request_id,
             tracked.key_span(first_chunk, end_chunk),
             tracked.block_ids[start // block_size : -(-end // block_size)],
             tracked.blocks_per_chunk,
             skip_blocks=(start - first_chunk * chunk_size) // block_size,
-            places=tracked.places[first_chunk * num_shards : end_chunk * num_shards] if self._lasts(tracked) else [],
+            places=tracked.places[first_chunk * num_shards : end_chunk * num_shards] if lasts else [],
             boot=tracked.hit_boot,
         )
-
-    def _lasts(self, tracked: TrackedRequest) -> bool:
-        """Tell whether what the lookup pinned is pinned for longer than a load takes; else the worker pins it anew."""
-        return time.monotonic() - tracked.pinned_at < self._client.present().pin_timeout_seconds / 2
 
     def begin_step(self) -> None:
         """A step is over, or about to begin: there is time to linger again."""
@@ -429,10 +428,11 @@ class SchedulerHalf:
         self._loaded_up_to.update(report.loaded_up_to)
         for number in [number for number in self._loading if number <= self._all_loaded_up_to()]:
             for request_id in self._loading.pop(number):
-                if request_id in self._tracked:
-                    self.free_pins(request_id)
-                else:  # it has ended meanwhile
+                tracked = self._tracked.get(request_id)
+                if tracked is None:  # it has ended meanwhile
                     self._client.post_end_session(request_id)
+                elif tracked.lookup is None and not tracked.hit_boot:  # else it was preempted, and looks for its next load
+                    self.free_pins(request_id)
 
     def _distrust(self, invalid: set[int]) -> None:
         """Mark the invalid blocks and all that may have been computed from them.
@@ -474,6 +474,7 @@ class SchedulerHalf:
         if tracked is not None:
             if tracked.lookup is not None:
                 tracked.lookup.abandon()
+                tracked.may_hold_pins = True
             if tracked.may_hold_pins and not self._is_being_loaded(request_id):  # else the device may still read them
                 self._client.post_end_session(request_id)
 
