@@ -274,6 +274,9 @@ class CudaCopier(ChunkCopier):
         self.pinned: Pinned = Pageable()
         self.unpinned_bytes = 0
         self._warm_up()
+        # This thread has one. In a new thread PyTorch takes the first device for chosen already, and makes none current.
+        with torch.cuda.device(self._device):
+            self._context = self._driver.current_context()
 
     def fence(self) -> torch.cuda.Event:
         """Return an event after all that the current stream was given so far."""
@@ -283,15 +286,11 @@ class CudaCopier(ChunkCopier):
 
     def prepare_thread(self) -> Callable[[], None]:
         """Let a thread work on this device, also while the engine records CUDA graphs."""
-        return functools.partial(self._driver.use_context, self._context())
-
-    def _context(self) -> Any:
-        with torch.cuda.device(self._device):
-            return self._driver.current_context()
+        return functools.partial(self._driver.use_context, self._context)
 
     def pin_pool(self, view: PoolView) -> Callable[[], None]:
-        """Pin a mapped pool in the background."""
-        pinner = PoolPinner(self._driver, self._context(), address_of(view.data), view.data.nbytes)
+        """Pin a mapped pool in the background; any thread."""
+        pinner = PoolPinner(self._driver, self._context, address_of(view.data), view.data.nbytes)
         self.pinned = pinner
         pinner.start()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import threading
 
 import torch
 
@@ -54,14 +55,18 @@ class Driver:
         self.pinned_tensors = []
         self.calls = []
         self.num_tried = 0
+        self._thread = threading.local()
+        self.use_context("context")
 
     def current_context(self):
-        return "context"
+        return getattr(self._thread, "context", None)
 
     def use_context(self, context):
-        assert context == "context"
+        self._thread.context = context
 
     def register(self, address, num_bytes):
+        if self.current_context() is None:
+            raise CudaError("pinning failed: CUDA_ERROR_INVALID_CONTEXT (201)")
         self.num_tried += 1
         if not self._may_pin(self.num_tried - 1):
             raise CudaError(f"pinning {num_bytes} bytes failed: CUDA_ERROR_OUT_OF_MEMORY (2)")

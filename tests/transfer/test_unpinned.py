@@ -1,6 +1,8 @@
 """MEM-4: a driver that pins only some of the pool costs speed, which is counted and shown, and no byte. On a simulated GPU."""
 
+import contextlib
 import functools
+import signal
 
 import httpx
 import pytest
@@ -8,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch: make setup-vllm")
 
 from lmcache.client.kvcache import KVCacheClient  # noqa: E402
+from lmcache.errors import UnreachableError  # noqa: E402
 from lmcache.keys import Namespace  # noqa: E402
 from lmcache.layout import KVLayout  # noqa: E402
 from lmcache.transfer.cuda import CudaCopier  # noqa: E402
@@ -28,9 +31,9 @@ POOL_BYTES = 64 * MIB
 
 
 class Engine:
-    """A worker on a simulated GPU, attached to a server, with KV that fills four chunks."""
+    """A worker on a simulated GPU, with KV that fills four chunks, attached to a server, or to one that is to come."""
 
-    def __init__(self, monkeypatch, url, may_pin):
+    def __init__(self, monkeypatch, url, may_pin, waits=True):
         self.driver = Driver(may_pin)
         simulate(monkeypatch, self.driver)
         monkeypatch.setattr("lmcache.transfer.cuda.PoolPinner", functools.partial(PoolPinner, piece_bytes=PIECE_BYTES))
@@ -40,7 +43,12 @@ class Engine:
         self.client.watch_mapping(self.copier.pin_pool)
         self.client.watch_pins(self.copier.pin_report)
         namespace = Namespace(model="m", chunk_size=0, layout=LAYOUT.fingerprint)
-        self.client.register(namespace, LAYOUT, backend=self.copier.backend)
+        with contextlib.nullcontext() if waits else pytest.raises(UnreachableError):
+            self.client.register(namespace, LAYOUT, backend=self.copier.backend)
+        if waits:
+            self.wait()
+
+    def wait(self):
         wait_until(self.has_tried, "every piece was tried")
 
     def has_tried(self):
@@ -129,3 +137,21 @@ def test_the_likely_cause_is_the_limit_that_is_too_low_or_the_container(monkeypa
     monkeypatch.setattr("lmcache.transfer.pinning.resource.getrlimit", lambda which: (limit_bytes, limit_bytes))
     Engine(monkeypatch, server.zmq_url, lambda number: False).client.close()
     assert hint in caplog.text
+
+
+def test_the_pool_of_a_server_that_comes_later_is_pinned_as_well(monkeypatch):
+    """The heartbeat maps it then, in a thread that has no context of its own."""
+    server = LmcacheServer(l1_size_gb=POOL_BYTES / 2**30)
+    engine = Engine(monkeypatch, server.zmq_url, lambda number: True, waits=False)
+    try:
+        with server:
+            engine.wait()
+            assert engine.copier.pin_report().pinned_bytes == POOL_BYTES
+            server.stop(signal.SIGTERM)
+            wait_until(lambda: not engine.driver.registered, "the pool that is gone is unpinned")
+            server.start()
+            engine.wait()
+            assert engine.copier.pin_report().pinned_bytes == POOL_BYTES
+    finally:
+        engine.client.close()
+    assert not engine.driver.registered

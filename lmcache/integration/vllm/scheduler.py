@@ -58,8 +58,8 @@ class TrackedRequest:
     has pinned something, or may yet. Chunks before `stored_chunks` need not be offered for storing; the last plan that stores
     any has the number `last_store`. While some blocks are distrusted, `own_from` is the token from which on the request has
     computed all KV itself, and from trusted blocks. The KV of its tokens up to `computed` rests on no load of a plan after
-    `rests_on`. Where a request waits for its load, `is_loading` lasts until it is computed; one whose load `has_failed` loads no
-    more.
+    `rests_on`. Where a request waits for its load, `is_loading` lasts until it is computed; one whose load `has_failed` loads
+    no more.
     """
 
     request_id: str
