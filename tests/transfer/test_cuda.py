@@ -3,6 +3,7 @@
 import mmap
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -337,3 +338,16 @@ def test_pinning_and_storing_spoil_no_graph_that_the_engine_records():
     assert unpinned_bytes == 0
     assert torch.all(target == 2)
     assert [bytes(extent) for extent in extents] == [bytes(extent) for extent in case.expected()]
+
+
+def test_a_pool_that_a_new_thread_maps_is_pinned():
+    """As the heartbeat does when the server comes after the engine, or comes back."""
+    case = Case(4, 64, 65536, 0, 4, seed=7)
+    undo = []
+    thread = threading.Thread(target=lambda: undo.append(case.copier.pin_pool(SimpleNamespace(data=case.pool))))
+    thread.start()
+    thread.join(timeout=60)
+    wait_until_pinned(case.copier.pinned)
+    pinned_bytes = case.copier.pinned.pinned_bytes
+    undo[0]()
+    assert pinned_bytes == len(case.pool)
