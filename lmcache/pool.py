@@ -404,15 +404,34 @@ def is_client_alive(path: Path, if_unknown: bool = True) -> bool:
     client for a dead one would give away memory that it still writes.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        watch = PresenceWatch(path)
     except FileNotFoundError:
         return False
     except OSError:
         return if_unknown
     try:
-        return not try_lock(fd)
+        return watch.is_alive
     finally:
-        os.close(fd)
+        watch.close()
+
+
+class PresenceWatch:
+    """Looks after the client that holds a presence file, also when the file is removed: whoever cleans up ends no life.
+
+    Raises: OSError when it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a live process holds the lock. Where none does we hold it from now on."""
+        return not try_lock(self._fd)
+
+    def close(self) -> None:
+        """Look no more."""
+        os.close(self._fd)
 
 
 def remove_stale_pools(directory: Path) -> list[Path]:

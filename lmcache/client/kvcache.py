@@ -121,6 +121,12 @@ class Attachment:
             self._num_users += self._num_users > 0
             return self._num_users > 0
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether something beside its maker may still read or write the pool through it."""
+        with self._lock:
+            return self.view is not None and self._num_users > 1
+
     def release(self) -> None:
         """Undo one `try_acquire`, or the construction; the last one closes."""
         with self._lock:
@@ -743,7 +749,11 @@ class KVCacheClient:
                 self.mq.post(FreeLookupLocks(client=request.client, request_id=request.request_id))
 
     def close(self) -> None:
-        """Leave: the server releases our pins and reservations. Never raises for a server that is gone."""
+        """Leave: the server releases our pins and reservations. Never raises for a server that is gone.
+
+        While a copy may still go to one of the places (a store that does not end in time, or never), they stay ours: the
+        server frees them when the last one is given back, or this process has ended.
+        """
         self._stop.set()
         if self._heartbeat is not None:
             self.mq.begin_close()
@@ -753,10 +763,11 @@ class KVCacheClient:
         if attachment is not None:
             try:
                 self._report(attachment)
-                self.mq.call(
-                    Goodbye(client=attachment.client_id),
-                    timeout_seconds=min(1.0, self.mq.timeout_seconds),
-                )
+                if not attachment.is_in_use:
+                    self.mq.call(
+                        Goodbye(client=attachment.client_id),
+                        timeout_seconds=min(1.0, self.mq.timeout_seconds),
+                    )
             except (UnreachableError, RemoteError) as exc:
                 logger.debug("the server did not take our goodbye: %s", exc)
             attachment.release()

@@ -74,6 +74,7 @@ class RunningServer:
         if self.service.tiers is not None:
             self.service.tiers.close(self._drain_seconds)
         self._owner.stop()
+        self.service.sessions.close()
         self.service.storage.close()
 
 

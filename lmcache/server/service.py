@@ -10,6 +10,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from lmcache.keys import KEY_BYTES, Namespace
 from lmcache.layout import SUPPORTED_DEVICES, SUPPORTED_KV_GROUPS, KVLayout
 from lmcache.log import RateLimitedLog, init_logger
 from lmcache.metrics import Metrics
-from lmcache.pool import PAGE_BYTES, PoolFile, is_client_alive, remove_client_file
+from lmcache.pool import PAGE_BYTES, PoolFile, PresenceWatch, is_client_alive, remove_client_file
 from lmcache.protocol import (
     FEATURES,
     MAX_CHUNK_BYTES,
@@ -308,7 +309,7 @@ class CacheService:
                 "say HELLO first: the server was restarted, or the lease ran out",
                 "unknown_client",
             )
-        if mapped and client.presence_path is None:
+        if mapped and client.presence is None:
             raise RemoteError(
                 "this client has not mapped the pool",
                 "ATTACH first, or use PUT and GET",
@@ -360,9 +361,8 @@ class CacheService:
         path = self._pool.client_path(client.id)
         if request.cookie != self._pool.header.cookie:
             raise RemoteError("the cookie is not this pool's", "another file was mapped", "wrong_pool")
-        if not is_client_alive(path, if_unknown=False):
-            raise RemoteError(f"{path} is not there, not locked or not readable", "lock it before ATTACH", "no_presence")
-        client.presence_path = path
+        if client.presence is None:
+            client.presence = _watch(path)
         return Answer(Reply())
 
     def _goodbye(self, request: Goodbye, payload: Payload) -> Answer:
@@ -536,7 +536,7 @@ class CacheService:
         if slots and client is not None:
             self.storage.l1.touch(slots)
             self.storage.l1.pin(slots)
-            if request.places and client.presence_path is not None and len(slots) <= MAX_PLACES:
+            if request.places and client.presence is not None and len(slots) <= MAX_PLACES:
                 reply.placements = [self.storage.l1.placement(slot) for slot in slots]
             pins = LookupPins([*slots], request.world_size)
             self.sessions.session(client, request.request_id).lookups.append(pins)
@@ -993,7 +993,7 @@ class CacheService:
             "kind": client.kind,
             "pid": client.pid,
             "software": client.software,
-            "mapped": client.presence_path is not None,
+            "mapped": client.presence is not None,
             "age_seconds": time.monotonic() - client.since,
             "pins": sum(len(session.slots()) for session in client.sessions.values()),
             "reservations": len(client.reservations),
@@ -1015,6 +1015,19 @@ class CacheService:
             "l1_tokens": self._l1_tokens(model),
             "live": model.namespace.id in live,
         }
+
+
+def _watch(path: Path) -> PresenceWatch:
+    """Begin to look after a client that maps the pool."""
+    problem = "not locked"
+    try:
+        watch = PresenceWatch(path)
+        if watch.is_alive:
+            return watch
+        watch.close()
+    except OSError as exc:
+        problem = exc.strerror or "cannot be opened"
+    raise RemoteError(f"{path}: {problem}", "lock it before ATTACH", "no_presence")
 
 
 def _keys(payload: Payload) -> tuple[bytes, int]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import msgspec
 
-from lmcache.pool import is_client_alive
+from lmcache.pool import PresenceWatch
 from lmcache.protocol import PinReport, Placement, RegisterKVCache
 
 
@@ -53,7 +52,7 @@ class Client(msgspec.Struct):
     since: float
     renewed_at: float
     software: str = ""
-    presence_path: Path | None = None
+    presence: PresenceWatch | None = None
     registration: RegisterKVCache | None = None
     pins: PinReport | None = None
     sessions: dict[str, Session] = msgspec.field(default_factory=dict)
@@ -145,6 +144,9 @@ class Sessions:
     def remove(self, client: Client) -> list[int]:
         """Take a client out; return a slot for each of its pins. Its reservations are the caller's to free."""
         del self.clients[client.id]
+        if client.presence is not None:
+            client.presence.close()
+            client.presence = None
         return [slot for session in client.sessions.values() for slot in session.slots()]
 
     def dead_clients(self) -> list[Client]:
@@ -153,8 +155,7 @@ class Sessions:
         return [
             client
             for client in self.clients.values()
-            if (client.presence_path is None and client.renewed_at < silent_since)
-            or (client.presence_path is not None and not is_client_alive(client.presence_path))
+            if (client.renewed_at < silent_since if client.presence is None else not client.presence.is_alive)
         ]
 
     def expired_sessions(self) -> list[tuple[Client, str]]:
@@ -171,6 +172,11 @@ class Sessions:
     def num_sessions(self) -> int:
         """Requests that hold pins."""
         return sum(len(client.sessions) for client in self.clients.values())
+
+    def close(self) -> None:
+        """Let go of what is open; the server ends."""
+        for client in list(self.clients.values()):
+            self.remove(client)
 
     def _drop_if_empty(self, client: Client, request_id: str, session: Session) -> None:
         if session.is_empty:

@@ -149,16 +149,23 @@ def test_lookup_locks_are_freed_by_range_and_by_session(server, client):
 def test_closing_gives_everything_back_and_is_noticed_at_once(server, client):
     client.store(keys(1, 2), chunks_of(1, 2))
     client.lookup(keys(1, 2), request_id="r")
-    other = KVCacheClient(server.endpoints.zmq)
-    reservation, pinned = other.reserve(keys(3), PAGE_BYTES), other.pin(keys(1), "r")
     assert not nothing_is_held(server)
-    other.close()
+    client.close()
+    with pytest.raises(UnreachableError, match="closed"):
+        client.lookup(keys(1))
+    assert nothing_is_held(server)
+    assert status_of(server)["clients"] == []
+
+
+def test_what_is_in_use_when_a_client_is_closed_goes_when_it_is_given_back(server):
+    client = KVCacheClient(server.endpoints.zmq)
+    client.store(keys(1), chunks_of(1))
+    reservation, pinned = client.reserve(keys(3), PAGE_BYTES), client.pin(keys(1), "r")
     client.close()
     reservation.abort()
+    assert not nothing_is_held(server)
     pinned.release()
-    with pytest.raises(UnreachableError, match="closed"):
-        other.lookup(keys(1))
-    assert nothing_is_held(server)
+    wait_until(lambda: nothing_is_held(server))
     assert status_of(server)["clients"] == []
 
 
@@ -485,6 +492,31 @@ def test_a_chunk_is_kept_for_a_while_when_its_pin_is_taken_but_not_when_it_is_gi
                 one.verify(kept_at=kept_at)
         for one in pinned.values():
             one.release()
+
+
+@pytest.mark.parametrize("for_ever", [False, True])
+def test_places_that_may_still_be_written_when_their_client_leaves_are_given_to_nobody(server, for_ever):
+    """Else the device's late bytes would land in another's chunk, which nothing would notice."""
+    with KVCacheClient(server.endpoints.zmq, heartbeat=True) as writer, KVCacheClient(server.endpoints.zmq) as other:
+        reservation = writer.reserve(keys(1), PAGE_BYTES)
+        if for_ever:
+            reservation.keep_for_ever()
+        writer.close()
+        time.sleep(1.5)  # the server looks after its clients twice a second
+        numbers = range(10, 9 + server.service.storage.l1.capacity_pages)
+        assert other.store(keys(*numbers), chunks_of(*numbers)) == [STORED] * len(numbers)
+        assert other.store(keys(5), chunks_of(5)) == [STORED]  # in the place of another
+        reservation.extents[0][:] = b"\xbb" * PAGE_BYTES
+        found = {number: buffers_for(1) for number in (5, *numbers)}
+        for number in [number for number, buffers in found.items() if not other.retrieve(keys(number), buffers)]:
+            del found[number]  # was evicted
+        assert found == {number: chunks_of(number) for number in found}
+        assert 5 in found
+        assert status_of(server)["l1"]["reserved_bytes"] == PAGE_BYTES
+        if for_ever:
+            reservation._is_open = True  # as the process's end would
+        reservation.abort()
+        wait_until(lambda: not status_of(server)["l1"]["reserved_bytes"])
 
 
 # -- replies that come late or never ----------------------------------------------------------------------------------

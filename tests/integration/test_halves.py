@@ -875,6 +875,31 @@ def test_an_engine_ends_rather_than_use_a_load_that_was_spoiled_after_it_had_bee
             setup.worker.store(stores) if not is_idle else setup.worker.take_received()
 
 
+@pytest.mark.parametrize("settled_by", ["a step that computes", "an idle step"])
+def test_a_named_load_whose_request_has_gone_may_be_spoiled(server, settled_by):
+    """vLLM has no request left and makes no steps; until the next one the pins may run out, and its blocks become others'."""
+    with a_load_under_way(server, seconds=60.0) as (setup, _):
+        assert setup.worker.take_received() == {"b"}
+        setup.scheduler.finished("b")
+        assert setup.scheduler.awaits_loads
+        take_everything(server.zmq_url, ["a", "b"])
+        (load,) = setup.worker._loading
+        load.named_at = time.monotonic() - KEPT_SECONDS
+        load.transfer.end_now()
+        following = setup.scheduler.plan_loads()
+        following.is_idle = settled_by == "an idle step"
+        setup.worker.begin_step()
+        setup.worker.load(following)
+        setup.worker.store(following)
+        assert setup.worker.take_received(following.is_idle) == set()
+        assert setup.worker.take_failed_blocks() == set()
+        report = setup.worker.take_report()
+        assert report.load_failures == {0: 1}
+        setup.scheduler.hear_report(report, ())
+        assert not setup.scheduler.awaits_loads
+        assert not setup.scheduler.plan_loads().given_up
+
+
 def test_a_request_that_ends_while_its_load_is_under_way_keeps_its_pins_until_that_is_over(server):
     with a_load_under_way(server) as (setup, plan):
         assert setup.worker.take_received() == {"b"}

@@ -218,6 +218,7 @@ def open_service(storage: StorageManager, clock: Clock, versions: tuple[int, int
         for client in harness.clients:
             if client.presence is not None:
                 client.presence.close()
+        harness.sessions.close()
         storage.close()
 
 

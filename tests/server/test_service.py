@@ -7,7 +7,7 @@ import pytest
 
 from lmcache import __version__
 from lmcache.errors import RemoteError
-from lmcache.pool import KEPT_SECONDS, PAGE_BYTES
+from lmcache.pool import KEPT_SECONDS, PAGE_BYTES, taken_generation
 from lmcache.protocol import (
     MAX_CHUNK_BYTES,
     MAX_CHUNKS,
@@ -112,6 +112,20 @@ def test_a_wrong_cookie_and_a_missing_presence_keep_a_client_from_attaching(serv
     assert service.code_of(Attach(client=client.id, cookie=service.pool.header.cookie)) == "no_presence"
     service.pool.client_path(client.id).write_bytes(b"")
     assert service.code_of(Attach(client=client.id, cookie=service.pool.header.cookie)) == "no_presence"
+
+
+def test_a_client_whose_presence_file_was_removed_lives_on_until_it_dies(service):
+    """Logging out may clear a user's /dev/shm (RemoveIPC= of systemd); what still writes must not lose its places."""
+    client = service.client()
+    client.reserve(1)
+    service.pool.client_path(client.id).unlink()
+    service.pass_time(1.0)
+    assert client.id in service.sessions.clients
+    assert service.storage.l1.num_reserved == 1
+    client.die()
+    service.pass_time(1.0)
+    assert client.id not in service.sessions.clients
+    assert service.storage.l1.num_reserved == 0
 
 
 def test_a_client_that_has_not_attached_may_not_reserve_commit_or_retrieve(service):
@@ -617,10 +631,10 @@ def test_what_is_unpinned_against_its_holders_will_stays_for_a_moment_and_the_ho
         holder.die()
         service.pass_time(1)
     assert service.pins == 0
-    assert service.storage.l1.pool.generation(place.slot) == place.generation + 1
+    assert service.storage.l1.pool.generation(place.slot) == taken_generation(place.generation)
     assert as_builtins(service.call(Clear()))["kept_objects"] == 1
     [again] = service.call(Lookup(client=other.id, request_id="s", places=True), [keys(1)]).placements
-    assert again.generation == place.generation + 1
+    assert again.generation == taken_generation(place.generation)
     service.call(FreeLookupLocks(client=other.id, request_id="s"))
     service.pass_time(KEPT_SECONDS)
     assert as_builtins(service.call(Clear()))["objects"] == 1

@@ -256,6 +256,10 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             with _as_a_miss(scheduler):
                 scheduler.hear_report(meta.report, connector_output.invalid_block_ids)
 
+    def has_pending_push_work(self) -> bool:
+        """Whether vLLM shall go on stepping without requests, until a load whose request has gone is over. vLLM 0.32 asks."""
+        return self._scheduler is not None and self._scheduler.awaits_loads
+
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Forget the request; True when vLLM must keep its blocks, which are being stored, until `get_finished` names it."""
         scheduler = self._scheduler_half()

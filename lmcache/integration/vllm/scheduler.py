@@ -146,6 +146,8 @@ class SchedulerHalf:
         # Where workers store later: the plan up to which each rank has, and the requests whose blocks vLLM keeps for that.
         self._stored_up_to: dict[int, int] | None = None
         self._held: set[str] = set()
+        # Requests that ended while they were loaded, until a plan says so.
+        self._given_up: set[str] = set()
         # Blocks whose KV may have been computed from a load that failed: never stored.
         self._tainted: set[int] = set()
         self._log = RateLimitedLog(logger)
@@ -168,6 +170,11 @@ class SchedulerHalf:
     def loads_later(self) -> bool:
         """Whether a request waits for its load while others compute."""
         return self._copies_later
+
+    @property
+    def awaits_loads(self) -> bool:
+        """Whether loads are under way that only further steps bring to their end, be it that nobody wants them any more."""
+        return self._copies_later and bool(self._loading)
 
     # -- before a step ----------------------------------------------------------------------------
 
@@ -330,8 +337,9 @@ class SchedulerHalf:
             self._last_load_plan = self._num_plans
             self._loading[self._num_plans] = [load.request_id for load in loads]
         held, self._held = frozenset(self._held), set()
+        given_up, self._given_up = frozenset(self._given_up), set()
         failures = dict(self._known_load_failures)
-        return StepPlan(loads, known_load_failures=failures, held=held, number=self._num_plans)
+        return StepPlan(loads, known_load_failures=failures, held=held, given_up=given_up, number=self._num_plans)
 
     def plan_stores(self, plan: StepPlan, scheduler_output: Any) -> None:
         """Add the chunks that the step will complete."""
@@ -475,7 +483,9 @@ class SchedulerHalf:
             if tracked.lookup is not None:
                 tracked.lookup.abandon()
                 tracked.may_hold_pins = True
-            if tracked.may_hold_pins and not self._is_being_loaded(request_id):  # else the device may still read them
+            if self._is_being_loaded(request_id):  # the device may still read what is pinned
+                self._given_up.add(request_id)
+            elif tracked.may_hold_pins:
                 self._client.post_end_session(request_id)
 
     def free_pins(self, request_id: str, end_tokens: int = UNKNOWN) -> None:

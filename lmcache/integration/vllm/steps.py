@@ -60,7 +60,8 @@ class StepPlan:
 
     Plans are numbered from 1. `known_load_failures`: how many failed loads of each rank the scheduler had heard of when it
     made the plan. `held`: requests that have ended, whose blocks vLLM keeps until each worker has once reported that it has
-    read them. `preempted`: requests whose blocks vLLM has taken away before this step. `is_idle`: the step computes nothing.
+    read them. `preempted`: requests whose blocks vLLM has taken away before this step. `given_up`: requests that ended while
+    they were loaded, of which nobody will compute. `is_idle`: the step computes nothing.
     """
 
     loads: list[ChunkSpan] = field(default_factory=list)
@@ -68,6 +69,7 @@ class StepPlan:
     known_load_failures: dict[int, int] = field(default_factory=dict)
     held: frozenset[str] = frozenset()
     preempted: frozenset[str] = frozenset()
+    given_up: frozenset[str] = frozenset()
     is_idle: bool = False
     number: int = 0
 

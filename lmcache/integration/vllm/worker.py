@@ -76,6 +76,7 @@ class LoadUnderWay:
     started_at: float
     named_at: float = -math.inf
     holds_back: bool = False
+    is_given_up: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -210,6 +211,8 @@ class WorkerHalf:
     def load(self, plan: StepPlan) -> None:
         """Fill the blocks of the plan's loads, or begin to; those that could not be filled are remembered."""
         self._held |= plan.held
+        for load in self._loading:
+            load.is_given_up = load.is_given_up or load.span.request_id in plan.given_up
         if self._background is not None and self._background.is_gated and self._copier is not None:
             self._background.open_gate(self._copier.fence())
         for span in plan.loads:
@@ -309,6 +312,8 @@ class WorkerHalf:
         is_good = self._settle(load)
         if not load.is_named:
             self._received.add(load.span.request_id)
+        elif not is_good and load.is_given_up:
+            self._failed_blocks.difference_update(load.span.block_ids)  # by now they are somebody else's
         elif not is_good:
             raise SpoiledLoadError(
                 f"{load.span.request_id} goes on without what was loaded for it (the log has why), and cannot be taken back",
