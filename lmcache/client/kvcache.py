@@ -105,6 +105,8 @@ class Attachment:
         self._presence = presence
         self._lock = threading.Lock()
         self._num_users = 1
+        self.num_writers = 0
+        """Reservations through which the pool may still be written."""
         self._unwatch: Callable[[], None] | None = None
         # What this life of ours has told the server, and what was copied, and told, before it.
         self.told_pins: PinReport | None = None
@@ -121,11 +123,10 @@ class Attachment:
             self._num_users += self._num_users > 0
             return self._num_users > 0
 
-    @property
-    def is_in_use(self) -> bool:
-        """Whether something beside its maker may still read or write the pool through it."""
+    def count_writer(self, by: int) -> None:
+        """One reservation more, or less."""
         with self._lock:
-            return self.view is not None and self._num_users > 1
+            self.num_writers += by
 
     def release(self) -> None:
         """Undo one `try_acquire`, or the construction; the last one closes."""
@@ -161,6 +162,7 @@ class Reservation:
         self._attachment = attachment
         self._placements = placements
         self._is_open = True
+        attachment.count_writer(+1)
 
     def reserved_indices(self) -> list[int]:
         """Return the positions, among the keys asked for, that `extents` belong to."""
@@ -215,6 +217,7 @@ class Reservation:
         if self._is_open:
             self._is_open = False
             _release_views(self.extents)
+            self._attachment.count_writer(-1)
             self._attachment.release()
 
     def __enter__(self) -> Reservation:
@@ -751,8 +754,8 @@ class KVCacheClient:
     def close(self) -> None:
         """Leave: the server releases our pins and reservations. Never raises for a server that is gone.
 
-        While a copy may still go to one of the places (a store that does not end in time, or never), they stay ours: the
-        server frees them when the last one is given back, or this process has ended.
+        While something may still be written to a reserved place (a store that does not end in time, or never), all stay ours:
+        the server frees them when the last one is given back, or this process has ended.
         """
         self._stop.set()
         if self._heartbeat is not None:
@@ -763,7 +766,7 @@ class KVCacheClient:
         if attachment is not None:
             try:
                 self._report(attachment)
-                if not attachment.is_in_use:
+                if attachment.view is None or not attachment.num_writers:
                     self.mq.call(
                         Goodbye(client=attachment.client_id),
                         timeout_seconds=min(1.0, self.mq.timeout_seconds),

@@ -149,22 +149,25 @@ def test_lookup_locks_are_freed_by_range_and_by_session(server, client):
 def test_closing_gives_everything_back_and_is_noticed_at_once(server, client):
     client.store(keys(1, 2), chunks_of(1, 2))
     client.lookup(keys(1, 2), request_id="r")
+    other = KVCacheClient(server.endpoints.zmq)
+    pinned = other.pin(keys(1), "r")
     assert not nothing_is_held(server)
+    other.close()
     client.close()
+    pinned.release()
     with pytest.raises(UnreachableError, match="closed"):
-        client.lookup(keys(1))
+        other.lookup(keys(1))
     assert nothing_is_held(server)
     assert status_of(server)["clients"] == []
 
 
-def test_what_is_in_use_when_a_client_is_closed_goes_when_it_is_given_back(server):
+def test_what_is_being_written_when_its_client_is_closed_is_freed_when_it_is_given_back(server):
     client = KVCacheClient(server.endpoints.zmq)
-    client.store(keys(1), chunks_of(1))
-    reservation, pinned = client.reserve(keys(3), PAGE_BYTES), client.pin(keys(1), "r")
+    first, second = client.reserve(keys(3), PAGE_BYTES), client.reserve(keys(4), PAGE_BYTES)
     client.close()
-    reservation.abort()
-    assert not nothing_is_held(server)
-    pinned.release()
+    first.abort()
+    assert status_of(server)["l1"]["reserved_bytes"] == 2 * PAGE_BYTES
+    second.abort()
     wait_until(lambda: nothing_is_held(server))
     assert status_of(server)["clients"] == []
 
