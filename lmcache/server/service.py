@@ -152,11 +152,14 @@ class PendingLookup(msgspec.Struct, eq=False):
 
 
 class PendingClear(msgspec.Struct):
-    """A CLEAR that waits: with `force` for pins, with tiers for what moves and for the tiers."""
+    """A CLEAR that waits: with `force` for pins, with tiers for what moves and for the tiers.
+
+    `removal` is None until it has begun. What it kept then is removed later; what was stored since is not its business.
+    """
 
     request: Clear
     pending: Pending
-    removal: Removal
+    removal: Removal | None = None
     clearing: Clearing | None = None
 
 
@@ -268,7 +271,7 @@ class CacheService:
         if isinstance(request, Lookup) and self.tiers is not None:
             return self._begin_lookup(self.tiers, request, payload, pending)
         if isinstance(request, Clear) and not request.dry_run and (request.force or self.tiers is not None):
-            self._begin_clear(PendingClear(request, pending, Removal()))
+            self._begin_clear(PendingClear(request, pending))
             return True
         return False
 
@@ -775,18 +778,9 @@ class CacheService:
 
     def _continue_clears(self) -> None:
         """Remove what became unpinned; answer those that need not wait, or whose time is up."""
-        removed = Removal()
-        if any(clear.request.tier is not ClearTier.L2 for clear in self._pending_clears):
-            removed = self.storage.remove(Selection(), RemovalReason.CLEAR, dry_run=False)
         still_pending = []
         for clear in self._pending_clears:
-            if clear.request.tier is not ClearTier.L2:
-                clear.removal = Removal(
-                    objects=clear.removal.objects + removed.objects,
-                    removed_bytes=clear.removal.removed_bytes + removed.removed_bytes,
-                    kept_objects=removed.kept_objects,
-                    kept_bytes=removed.kept_bytes,
-                )
+            clear.removal = self._remove_more(clear)
             waited = time.monotonic() - clear.pending.started_at
             if waited < clear.request.timeout_seconds and self._must_wait(clear):
                 still_pending.append(clear)
@@ -795,11 +789,22 @@ class CacheService:
         self._pending_clears = still_pending
         self._unchecked = True
 
+    def _remove_more(self, clear: PendingClear) -> Removal:
+        """Remove from L1 what a clear wants gone and may have now; return all that it has removed, and keeps."""
+        before = clear.removal or Removal()
+        if clear.request.tier is ClearTier.L2:
+            return before
+        wanted = Selection() if clear.removal is None else Selection(keys=bytes(before.kept_keys))
+        removed = self.storage.remove(wanted, RemovalReason.CLEAR, dry_run=False)
+        removed.objects += before.objects
+        removed.removed_bytes += before.removed_bytes
+        return removed
+
     def _must_wait(self, clear: PendingClear) -> bool:
         """Whether more would go if the clear had time."""
         if clear.clearing is not None and not clear.clearing.is_done:
             return True
-        if not clear.removal.kept_objects or clear.request.tier is ClearTier.L2:
+        if clear.removal is None or not clear.removal.kept_objects:
             return False
         return clear.request.force or (self.tiers is not None and self.tiers.num_moving > 0)
 
@@ -1039,7 +1044,7 @@ def _keys(payload: Payload) -> tuple[bytes, int]:
 
 
 def _clear_answer(clear: PendingClear) -> Answer:
-    reply = _removal_reply(clear.removal, clear.pending.started_at)
+    reply = _removal_reply(clear.removal or Removal(), clear.pending.started_at)
     reply.tiers = [] if clear.clearing is None else list(clear.clearing.removals)
     return Answer(reply)
 

@@ -38,12 +38,13 @@ class RemovalReason(str, Enum):
 
 
 class Removal(msgspec.Struct):
-    """What was removed, and what was kept because it is pinned."""
+    """What was removed, and what was kept because it is pinned: one key for each, in `kept_keys`."""
 
     objects: int = 0
     removed_bytes: int = 0
     kept_objects: int = 0
     kept_bytes: int = 0
+    kept_keys: bytearray = msgspec.field(default_factory=bytearray)
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,15 +212,16 @@ class StorageManager:
         for slot in self._selected(selection):
             if selection.max_bytes is not None and removal.removed_bytes >= selection.max_bytes:
                 break
-            length = self.l1.record(slot).length
+            record = self.l1.record(slot)
             if self.l1.is_pinned(slot):
                 removal.kept_objects += 1
-                removal.kept_bytes += length
+                removal.kept_bytes += record.length
+                removal.kept_keys += record.key
                 continue
             if not dry_run:
                 self._remove(slot, reason)
             removal.objects += 1
-            removal.removed_bytes += length
+            removal.removed_bytes += record.length
         return removal
 
     def _selected(self, selection: Selection) -> Iterator[int]:

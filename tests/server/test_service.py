@@ -730,6 +730,20 @@ def test_a_forced_clear_answers_at_its_deadline_with_what_it_kept(stored):
     assert len(answers) == 1
 
 
+def test_a_forced_clear_that_waits_leaves_alone_what_is_stored_meanwhile(stored):
+    """Else an engine at work, which always has something pinned, would be without a cache until the deadline."""
+    answers = stored.send(Clear(force=True, timeout_seconds=5))
+    client = stored.client()
+    client.store(20, 21)
+    stored.call(Lookup(client=client.id, request_id="new"), [keys(20)])
+    stored.pass_time(1)
+    assert answers == []
+    stored.release()
+    stored.pass_time(1)
+    assert [(answer.reply.objects, answer.reply.kept_objects) for answer in answers] == [(10, 0)]
+    assert stored.call(Lookup(), [keys(20, 21)]).hit_chunks == 2
+
+
 def test_a_forced_clear_without_pins_or_without_time_answers_at_once(stored):
     assert stored.call(Clear(force=True, timeout_seconds=0)).kept_objects == 2
     stored.release()
