@@ -1007,6 +1007,37 @@ def test_a_server_that_goes_between_the_answer_and_the_admission_stops_no_engine
         setup.scheduler.finished("b")
 
 
+def test_after_a_reset_nothing_is_loaded_that_was_stored_before_it(server):
+    """vLLM asks for one when it has replaced its weights. A request that it has preempted for that may hold KV of both."""
+    prompt = prompt_of(65, 48)
+    with Setup(server) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        waiting, running = SimRequest("b", [*prompt, 0], max_tokens=0), SimRequest("c", prompt_of(66, 48), max_tokens=30)
+        setup.scheduler.announced(waiting)
+        wait_until(lambda: setup.scheduler.match(waiting, 0) or setup.scheduler.begin_step(), "it is looked up")
+        setup.engine.add(running)
+        for _ in turns():
+            setup.engine.step()
+            if running.num_computed:
+                break
+        setup.scheduler.start_anew()
+        assert setup.scheduler.match(waiting, 0) == 0
+        setup.scheduler.allocated("b", list(range(36, 48)), 0)
+        setup.scheduler.free_pins("b")
+        assert num_pins(server, setup) == 0
+        setup.scheduler.finished("b")
+        setup.engine.preempt(running)
+        stored_before = server.status()["counters"]["stored_chunks"]
+        setup.run()
+        assert server.status()["counters"]["stored_chunks"] == stored_before
+        num_loaded = server.status()["counters"]["retrieved_chunks"]
+        for name in ("d", "e"):  # of these the second loads what the first has stored
+            setup.run(SimRequest(name, [*prompt, 0], max_tokens=0))
+        assert server.status()["counters"]["retrieved_chunks"] == num_loaded + 6
+        assert server.status()["counters"]["stored_chunks"] == stored_before + 6
+        assert setup.check_stored(prompt) == 6  # for whoever has the old weights
+
+
 def test_the_pins_of_a_load_go_when_the_last_rank_has_told_that_it_is_over(server):
     prompt = prompt_of(43, 48)
     with Setup(server, shards=MLA) as setup:

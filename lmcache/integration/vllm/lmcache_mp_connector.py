@@ -260,6 +260,12 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         """Whether vLLM shall go on stepping without requests, until a load whose request has gone is over. vLLM 0.32 asks."""
         return self._scheduler is not None and self._scheduler.awaits_loads
 
+    def reset_cache(self) -> bool:
+        """Load nothing any more that was stored so far; vLLM asks for it where its weights were replaced. True: it is done."""
+        self._scheduler_half().start_anew()
+        logger.info("the cache was reset: this engine loads nothing any more that was stored so far, and others nothing of it")
+        return True
+
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Forget the request; True when vLLM must keep its blocks, which are being stored, until `get_finished` names it."""
         scheduler = self._scheduler_half()

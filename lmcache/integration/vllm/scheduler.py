@@ -17,6 +17,7 @@ forgotten; introductions are made by the client's heartbeat. What is not there i
 from __future__ import annotations
 
 import contextlib
+import secrets
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -59,7 +60,7 @@ class TrackedRequest:
     any has the number `last_store`. While some blocks are distrusted, `own_from` is the token from which on the request has
     computed all KV itself, and from trusted blocks. The KV of its tokens up to `computed` rests on no load of a plan after
     `rests_on`. Where a request waits for its load, `is_loading` lasts until it is computed; one whose load `has_failed` loads
-    no more.
+    no more. One that `is_outdated` neither loads nor stores any more.
     """
 
     request_id: str
@@ -84,6 +85,7 @@ class TrackedRequest:
     rests_on: int = 0
     is_loading: bool = False
     has_failed: bool = False
+    is_outdated: bool = False
 
     @property
     def block_size(self) -> int:
@@ -129,6 +131,7 @@ class SchedulerHalf:
         self._passes_places = passes_places
         self._lookup_timeout_seconds = lookup_timeout_seconds
         self._namespace: Namespace | None = None
+        self._epoch = ""
         self._layout: KVLayout | None = None
         self._tracked: dict[str, TrackedRequest] = {}
         self._loads: list[ChunkSpan] = []
@@ -201,7 +204,12 @@ class SchedulerHalf:
         chunk_size = tracked.namespace.chunk_size
         if tracked.is_loading:  # nothing is left of its load, or vLLM would not ask again
             tracked.has_failed = True
-        if not self._can_load or tracked.has_failed or self._usable_chunks(tracked) * chunk_size <= num_computed_tokens:
+        if (
+            not self._can_load
+            or tracked.has_failed
+            or tracked.is_outdated
+            or self._usable_chunks(tracked) * chunk_size <= num_computed_tokens
+        ):
             return 0
         hit_chunks = self._hit_chunks(tracked)
         if hit_chunks is None:
@@ -216,7 +224,8 @@ class SchedulerHalf:
         chunk_size = self._client.present().chunk_size
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.namespace.chunk_size != chunk_size:
-            engine = msgspec.structs.replace(self._namespace, chunk_size=chunk_size)
+            revision = self._namespace.revision + self._epoch
+            engine = msgspec.structs.replace(self._namespace, chunk_size=chunk_size, revision=revision)
             namespace = request_namespace(engine, request)
             tracked = self._tracked[request.request_id] = TrackedRequest(
                 request.request_id,
@@ -409,7 +418,13 @@ class SchedulerHalf:
         last = min(tracked.computed, num_tokens) // tracked.namespace.chunk_size
         num_blocks = last * tracked.blocks_per_chunk
         blocks = tracked.block_ids[:num_blocks]
-        if not self._can_store or last <= first or len(blocks) < num_blocks or not self._tainted.isdisjoint(blocks):
+        if (
+            not self._can_store
+            or tracked.is_outdated
+            or last <= first
+            or len(blocks) < num_blocks
+            or not self._tainted.isdisjoint(blocks)
+        ):
             return None
         if last * KEY_BYTES > len(tracked.keys):
             tracked.extend_keys()
@@ -418,10 +433,15 @@ class SchedulerHalf:
             tracked.key_span(first, last),
             blocks[first * tracked.blocks_per_chunk :],
             tracked.blocks_per_chunk,
-            namespace_id=tracked.namespace.id,
+            namespace_id=self._registered_id(tracked),
             parent=tracked.key_span(first - 1, first) if first else b"",
             num_prompt_chunks=max(0, tracked.num_prompt_tokens // tracked.namespace.chunk_size - first),
         )
+
+    def _registered_id(self, tracked: TrackedRequest) -> int:
+        """Return the id of the engine's namespace as the server knows it, whatever the epoch."""
+        assert self._namespace is not None
+        return msgspec.structs.replace(tracked.namespace, revision=self._namespace.revision).id
 
     # -- after a step -----------------------------------------------------------------------------
 
@@ -498,6 +518,15 @@ class SchedulerHalf:
             end = min(end_tokens // tracked.namespace.chunk_size, MAX_CHUNKS)
             self._client.post_free_lookup_locks(request_id, end)
             tracked.may_hold_pins = end < MAX_CHUNKS
+
+    def start_anew(self) -> None:
+        """Load nothing any more that was stored so far: from now on KV means something else, as when weights were replaced.
+
+        Requests that are known by now may have KV of both kinds.
+        """
+        self._epoch = f"!{secrets.token_hex(8)}"
+        for tracked in (*self._tracked.values(), *self._ended.values()):
+            tracked.is_outdated = True
 
     def _is_being_loaded(self, request_id: str) -> bool:
         """Tell whether a rank may not have loaded all that was planned for a request. vLLM may let it go on already."""
