@@ -2,6 +2,7 @@
 
 import signal
 
+import httpx
 import pytest
 
 from tests.chaos.waiting import wait_until
@@ -91,3 +92,14 @@ def test_the_cache_is_warm_after_the_servers_restart(tiered_engine, tiered_serve
     tiered_engine.wait_for_cache()
     assert tiered_server.status()["l1"]["chunks"] == 0
     assert_all_warm(tiered_engine, own)
+
+
+def test_after_a_reset_of_both_caches_the_engine_computes_anew(tiered_engine, own):
+    """What vLLM asks for when its weights were replaced."""
+    answer = httpx.post(f"{tiered_engine.url}/reset_prefix_cache", params={"reset_external": "true"}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    for loaded, stored in ((0, CACHED), (CACHED, 0)):
+        text, counted = tiered_engine.ask_counted(PROMPTS[0])
+        assert text == own[0]
+        assert (counted["loaded"], counted["stored"]) == (loaded, stored)
+        tiered_engine.forget()
