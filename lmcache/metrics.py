@@ -191,8 +191,8 @@ SPECS: tuple[MetricSpec, ...] = (
     _l2_counter(
         "lmcache_l2_skipped_lookups",
         "Lookups that did not wait for the tier: its breaker is open (down), it is slower than --l2-min-tokens-per-second"
-        " (slow), or too many wait already (busy).",
-        reason=("down", "slow", "busy"),
+        " (slow), too many wait already (busy), or what it has is being cleared.",
+        reason=("down", "slow", "busy", "cleared"),
     ),
     _l2_counter("lmcache_l2_read_chunks", "Chunks read from the tier and found good."),
     _l2_counter("lmcache_l2_read_bytes", "Bytes of the chunks read."),

@@ -151,11 +151,17 @@ class Promoter:
 
     def _askable(self) -> list[Tier]:
         """The tiers that are up, if one more lookup may wait for them."""
-        is_full = len(self._promotions) >= MAX_PROMOTIONS
+        found: list[Tier] = []
         for tier in self._tiers:
-            if is_full or not tier.reads.is_closed:
-                tier.count("skipped_lookups", "busy" if is_full else "down")
-        return [] if is_full else [tier for tier in self._tiers if tier.reads.is_closed]
+            if len(self._promotions) >= MAX_PROMOTIONS:
+                tier.count("skipped_lookups", "busy")
+            elif tier.num_clears:
+                tier.count("skipped_lookups", "cleared")
+            elif not tier.reads.is_closed:
+                tier.count("skipped_lookups", "down")
+            else:
+                found.append(tier)
+        return found
 
     def _find(self, promotion: Promotion, tiers: list[Tier]) -> None:
         """Ask the first of `tiers` for what is not found yet, then the next; then load."""

@@ -77,7 +77,6 @@ class Tiers:
         self._owner = secrets.token_bytes(len(NO_OWNER))
         self._presence = Presence(storage.l1.pool.path, self._owner.hex())
         self._promoter = Promoter(storage, self._tiers, config, metrics, self._owner, self._note_promoted)
-        self._num_clearing = 0
         self._is_closed = False
         self._ahead: WriteAhead | None = None
         if config.write_on_evict:
@@ -131,8 +130,6 @@ class Tiers:
 
         False: no tier is to be asked, and `done` will not be called. A call within this one is possible.
         """
-        if self._num_clearing:
-            return False
         seconds = min(self._config.lookup_timeout_seconds, max_seconds if max_seconds is not None else 1e9)
         begin = self._promoter.begin if promotes else self._promoter.begin_query
         return begin(keys, world_size, l1_slots, seconds, done)
@@ -156,17 +153,17 @@ class Tiers:
         return len(self._promoter) + sum(writeback.num_in_flight for writeback in self._writebacks)
 
     def clear(self) -> Clearing:
-        """Remove everything from every tier; until it is done, lookups find nothing there."""
+        """Remove everything from every tier; until a tier has done that, lookups find nothing in it."""
         self.stop_moving()
         clearing = Clearing(self._tiers)
         for index, writeback in enumerate(self._writebacks):
-            self._num_clearing += 1
+            writeback.tier.num_clears += 1
             self._clear_tier(clearing, index, writeback)
         return clearing
 
     def _clear_tier(self, clearing: Clearing, index: int, writeback: Writeback) -> None:
         def cleared() -> None:
-            self._num_clearing -= 1
+            writeback.tier.num_clears -= 1
             writeback.tier.forget_usage()
             clearing.removals[index] = TierRemoval(
                 name=writeback.tier.name,

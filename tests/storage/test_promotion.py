@@ -251,6 +251,24 @@ def test_a_chunk_that_a_client_is_storing_ends_the_prefix(tmp_path: Path):
         tiered.manager.l1.abort(placements, OWNER)
 
 
+def test_a_tier_whose_clear_hangs_is_not_asked_and_the_others_are(tmp_path: Path):
+    with tiered_in(tmp_path, num_tiers=2) as tiered:
+        for fake in tiered.fakes:
+            put_value(fake, 0)
+        tiered.fake.stop("clear")
+        clearing = tiered.tiers.clear()
+        tiered.until(lambda: clearing.removals[1].done)
+        assert not clearing.is_done
+        put_value(tiered.fakes[1], 0, 1)  # since then
+        assert tiered.look_up(0, 1) == 2
+        assert tiered.value("skipped_lookups", "cleared") == 1
+        assert tiered.value("skipped_lookups", "cleared", tier="fake-2") == 0
+        tiered.fake.go()
+        tiered.until(lambda: clearing.is_done)
+        put_value(tiered.fake, 2)
+        assert tiered.look_up(2) == 1
+
+
 def test_clear_leaves_no_promoted_chunk_behind(tmp_path: Path):
     """EVI-7."""
     with tiered_in(tmp_path) as tiered:

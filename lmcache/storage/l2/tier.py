@@ -83,6 +83,8 @@ class Tier:
         self.reads, self.writes = Breaker(), Breaker()
         self.read_speed = Speed()
         self.usage = Usage()
+        self.num_clears = 0
+        """Clears under way or to come: until they are over nothing that is found here counts."""
         self._shown = shown
         self._adapter = adapter
         self._metrics = metrics
