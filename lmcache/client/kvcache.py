@@ -471,7 +471,7 @@ class KVCacheClient:
         self._software = ", ".join([f"lmcache {__version__}", *software])
         self._inline = inline
         self.tally = Tally()
-        self._posted: list[Report] = []  # since the last heartbeat
+        self._posted: list[tuple[str, Report]] = []  # since the last heartbeat, with the server life that was told
         self._lock = threading.Lock()
         self._introducing = threading.Lock()
         self._attachment: Attachment | None = None
@@ -641,7 +641,7 @@ class KVCacheClient:
             if isinstance(exc, UnreachableError):
                 self.note_unreachable(attachment, exc)
             elif isinstance(exc, RemoteError) and exc.code == UNKNOWN_CLIENT:
-                self._retire(attachment)
+                self._note_forgotten(attachment)
             attachment.release()
             raise
 
@@ -662,7 +662,7 @@ class KVCacheClient:
         """An error reply; when it says that the server does not know us, we introduce ourselves again."""
         attachment = self._attachment
         if exc.code == UNKNOWN_CLIENT and attachment is not None:
-            self._retire(attachment)
+            self._note_forgotten(attachment)
 
     def note_failure(self, exc: Exception) -> None:
         """Log a failure that the caller does not see, at most once per interval."""
@@ -682,7 +682,9 @@ class KVCacheClient:
                 is_worth_a_look = not self._down_reason or not isinstance(exc, DeadlineError)
                 self._down_reason = str(exc)
                 attachment = self._attachment
-                if attachment is not None:
+                if attachment is not None and isinstance(exc, RemoteError) and exc.code == UNKNOWN_CLIENT:
+                    self._note_forgotten(attachment)
+                elif attachment is not None:
                     self._retire(attachment)
                 found = (diagnose(self.mq.url) if is_worth_a_look else None) or exc
                 self._down_reason = f"{found}; hint: {found.hint}" if found.hint else str(found)
@@ -691,22 +693,18 @@ class KVCacheClient:
 
     def _beat_once(self) -> float:
         with self._lock:
-            posted, self._posted = self._posted, []
+            num_posted = len(self._posted)
         attachment = self._attachment
-        try:
-            reply = self.mq.call(
-                Noop(client=attachment.client_id if attachment else None),
-                timeout_seconds=min(self.mq.timeout_seconds, BACKOFF_MAX_SECONDS),
-            )
-        except LMCacheError:
-            with self._lock:
-                self._posted = posted + self._posted
-            raise
+        reply = self.mq.call(
+            Noop(client=attachment.client_id if attachment else None),
+            timeout_seconds=min(self.mq.timeout_seconds, BACKOFF_MAX_SECONDS),
+        )
         if attachment is not None and reply.boot != attachment.boot:
             self._retire(attachment)
-            attachment = None
-        for report in posted:  # what was posted to a life that has ended has been counted by nobody
-            if attachment is None or report.client != attachment.client_id:
+        with self._lock:
+            posted, self._posted = self._posted[:num_posted], self._posted[num_posted:]
+        for boot, report in posted:
+            if boot != reply.boot:  # counted by nobody
                 self.tally.give_back(report)
         self._down_reason = ""
         attachment = self.attach()
@@ -719,6 +717,9 @@ class KVCacheClient:
         if report is not None:
             try:
                 self.mq.call(report, timeout_seconds=min(self.mq.timeout_seconds, BACKOFF_MAX_SECONDS))
+            except DeadlineError:  # it is on its way
+                self._note_posted(attachment, report)
+                raise
             except LMCacheError:
                 self.tally.give_back(report)
                 raise
@@ -728,15 +729,28 @@ class KVCacheClient:
         """Tell the server now what was counted, without waiting for the reply; what cannot be sent is told by the heartbeat."""
         attachment = self._attachment
         report = self.tally.take(attachment.client_id) if attachment is not None else None
-        if report is not None:
+        if attachment is not None and report is not None:
             try:
                 self.mq.post(report)
-                if self._heartbeat is not None:  # which finds out whether it was counted
-                    with self._lock:
-                        self._posted.append(report)
+                self._note_posted(attachment, report)
                 self.mq.read_what_came()  # an engine that only loads would never read what it is answered
             except UnreachableError:
                 self.tally.give_back(report)
+
+    def _note_posted(self, attachment: Attachment, report: Report) -> None:
+        """Let the heartbeat find out whether a report reached the server before that ended."""
+        if self._heartbeat is not None:
+            with self._lock:
+                self._posted.append((attachment.boot, report))
+
+    def _note_forgotten(self, attachment: Attachment) -> None:
+        """The server lives and does not know us any more, nor count what we told it since."""
+        with self._lock:
+            lost = [report for _, report in self._posted if report.client == attachment.client_id]
+            self._posted = [posted for posted in self._posted if posted[1].client != attachment.client_id]
+        for report in lost:
+            self.tally.give_back(report)
+        self._retire(attachment)
 
     def _on_late_reply(self, late: ReplyFuture[Any]) -> None:
         """Give back what the server granted to a request whose caller had stopped waiting."""

@@ -303,6 +303,19 @@ def test_what_was_posted_to_a_life_that_has_ended_is_counted_once_in_the_next(se
         assert status_of(server)["counters"]["retrieve_failed"]["missing"] == 6
 
 
+def test_what_was_posted_before_a_client_began_a_new_life_of_its_own_is_counted_once(server):
+    """A call that came to no end made it do so; the server had counted the report long before."""
+    with KVCacheClient(server.endpoints.zmq, heartbeat=True, heartbeat_seconds=0.3) as client:
+        attachment = client.attach()
+        client.tally.add(failed_blocks={FailureReason.MISSING: 3})
+        client.post_report()
+        wait_until(lambda: status_of(server)["counters"]["retrieve_failed"]["missing"] == 3)
+        client.note_unreachable(attachment, UnreachableError("the test says so"))
+        wait_until(lambda: client._attachment not in (None, attachment))
+        time.sleep(0.7)  # two heartbeats
+        assert status_of(server)["counters"]["retrieve_failed"]["missing"] == 3
+
+
 # -- bytes that changed -----------------------------------------------------------------------------------------------
 
 

@@ -451,7 +451,10 @@ def test_a_store_that_does_not_end_gives_its_places_never_back_and_is_the_last(s
         setup.run(SimRequest("c", prompt_of(24, 40), max_tokens=0))
         setup.wait_for_stores()
         assert setup.stored_chunks(prompt_of(24, 40)) == []
-        assert server.status()["l1"]["reserved_bytes"] == l1["reserved_bytes"]
+        attachment = setup.worker_client.attach()
+    assert server.status()["l1"]["reserved_bytes"] == l1["reserved_bytes"]  # also when the engine has left
+    attachment.release()  # as the end of the process would
+    wait_until(lambda: not server.status()["l1"]["reserved_bytes"], "the places are free")
 
 
 def test_stores_that_do_not_keep_up_are_dropped_not_waited_for(server, monkeypatch):
