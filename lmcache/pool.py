@@ -17,6 +17,7 @@ id, stays readable for KEPT_SECONDS, whatever becomes of the pin and of the serv
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -41,6 +42,8 @@ NO_OWNER = bytes(16)
 # An engine that goes on while its GPU still reads a chunk counts on it. A GPU takes some 10 ms for what is left then.
 KEPT_SECONDS = 0.25
 _HALF = 1 << 32
+# Another user's, or this process or machine has reached a limit.
+_NOT_THE_FILES_FAULT = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 LOCK_TRIES = 20
 LOCK_PAUSE_SECONDS = 0.01
 
@@ -261,12 +264,13 @@ class PoolFile:
         Nothing may be given away for KEPT_SECONDS: the last server's pins are gone, and who saw that they were there may still
         be reading.
 
-        Raises: PoolError when another server holds it, or the file is no pool of this format and this kernel boot.
+        Raises: PoolError with the code `pool_in_use` when another server holds it, `pool_unavailable` when it may be good and
+            cannot be had now, another one when the file is no pool of this format and this kernel boot.
         """
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as exc:
-            raise PoolError(f"cannot open {path}: {exc.strerror}", hint="see --pool-dir and --pool-name") from exc
+            raise _no_pool(exc, f"cannot open {path}", "see --pool-dir and --pool-name") from exc
         try:
             if not (_lock_soon(fd) and os.fstat(fd).st_nlink):
                 raise PoolError(
@@ -282,7 +286,7 @@ class PoolFile:
             return cls(path, fd, header, adopted=True)
         except (OSError, ValueError) as exc:
             os.close(fd)
-            raise PoolError(f"cannot map {path}: {exc}", hint="remove the file") from exc
+            raise _no_pool(exc, f"cannot map {path}", "remove the file") from exc
         except PoolError:
             os.close(fd)
             raise
@@ -363,6 +367,12 @@ class PoolFile:
 _UNUSED = bytes(RECORD_BYTES)
 _FREE_RECORD = SlotRecord()
 _STATES = tuple(SlotState)
+
+
+def _no_pool(exc: Exception, what: str, hint: str) -> PoolError:
+    """Return the error for a pool that cannot be had; whether that is the file's fault is in its code."""
+    number, text = (exc.errno, exc.strerror) if isinstance(exc, OSError) else (0, str(exc))
+    return PoolError(f"{what}: {text}", hint=hint, code="pool_unavailable" if number in _NOT_THE_FILES_FAULT else "")
 
 
 def freed_generation(generation: int) -> int:

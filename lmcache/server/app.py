@@ -221,10 +221,10 @@ def _adopt_pool(config: ServerConfig, path: Path) -> PoolFile | None:
         pool = PoolFile.adopt(path)
         time.sleep(KEPT_SECONDS)  # no slot could rest in its place: a damaged one does not say where its chunk is
     except PoolError as exc:
-        if exc.code == "pool_in_use":
+        if exc.code in ("pool_in_use", "pool_unavailable"):
             raise UsageError(exc.message, exc.hint, exc.code) from exc
         logger.warning("starting with an empty pool: %s", exc)
-        path.unlink(missing_ok=True)
+        _remove(path)
         return None
     if config.capacity_bytes and pool.header.capacity_bytes != config.capacity_bytes:
         logger.warning(
@@ -233,6 +233,13 @@ def _adopt_pool(config: ServerConfig, path: Path) -> PoolFile | None:
             pool.header.capacity_bytes / sizing.GIB,
         )
     return pool
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        raise UsageError(f"cannot remove {path}: {exc.strerror}", "choose another --pool-name", "pool_unavailable") from exc
 
 
 def _create_pool(config: ServerConfig, path: Path) -> PoolFile:

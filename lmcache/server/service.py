@@ -7,6 +7,7 @@ that wait, from a later `tick`. Next on the data path: `storage/manager.py`. Own
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -98,6 +99,8 @@ FOREIGN = ("version_mismatch", "bad_header")
 TIMEOUT_SHARE = 0.75
 # Both are only there so that no sequence of good requests makes the server grow without end.
 MAX_PENDING_CLEARS = 64
+# Some 0.2 s of the owner's time.
+MAX_DELETED_VALUES = 1 << 18
 MAX_MODELS = 1024
 # No GPU copies more between two heartbeats; made-up reports must not outgrow what a message can hold.
 MAX_COPIED_BYTES = 1 << 36
@@ -743,10 +746,19 @@ class CacheService:
             keys=keys,
         )
         if self.tiers is not None and keys is not None and not request.dry_run:
-            self.tiers.delete(keys, self.storage.l1.num_ranks)
+            self.tiers.delete(keys, self._ranks_in_tiers(len(keys) // KEY_BYTES))
         removal = self.storage.remove(selection, RemovalReason.REQUEST, request.dry_run)
         self._unchecked = True
         return Answer(_removal_reply(removal, started_at))
+
+    def _ranks_in_tiers(self, num_keys: int) -> list[int]:
+        """Return whose chunks the tiers may have: of ranks that stored here, and of all of each engine that was seen."""
+        worlds = [range(known.namespace.world_size) for known in self._models.values()]
+        ranks = sorted({0, *self.storage.l1.ranks, *itertools.chain(*worlds)})
+        if num_keys * len(ranks) > MAX_DELETED_VALUES:
+            most = MAX_DELETED_VALUES // len(ranks)
+            raise RemoteError(f"{num_keys} chunks of {len(ranks)} ranks are too many at once", f"name {most}", "bad_field")
+        return ranks
 
     def _namespace_ids(self, model: str) -> frozenset[int]:
         ids = frozenset(id_ for id_, known in self._models.items() if known.namespace.model == model)

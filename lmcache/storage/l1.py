@@ -98,9 +98,9 @@ class L1Cache:
         return len(self._reserved)
 
     @property
-    def num_ranks(self) -> int:
-        """How many ranks there may be: one more than the highest that has stored anything."""
-        return max(self._ranks, default=0) + 1
+    def ranks(self) -> frozenset[int]:
+        """The ranks that have stored anything."""
+        return frozenset(self._ranks)
 
     @property
     def used_pages(self) -> int:

@@ -136,10 +136,10 @@ class Tiers:
 
     # -- removing -----------------------------------------------------------------------------------------------------
 
-    def delete(self, keys: bytes, num_ranks: int) -> None:
-        """Take chunks out of every tier, soon."""
+    def delete(self, keys: bytes, ranks: Iterable[int]) -> None:
+        """Take the chunks of these ranks out of every tier, soon."""
         for writeback in self._writebacks:
-            writeback.delete(split_keys(keys), range(num_ranks))
+            writeback.delete(split_keys(keys), ranks)
 
     def stop_moving(self) -> None:
         """What is on its way up is unwanted, and what is on its way down as well."""

@@ -1,5 +1,9 @@
 """Starting and stopping: what is refused before anything is made, what is adopted, and that nothing is left."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from lmcache.client.kvcache import KVCacheClient
@@ -70,6 +74,40 @@ def test_a_pool_in_use_is_one_usage_error_and_is_left_alone(tmp_path):
             start_server(make_config(tmp_path, pool_name="kept"))
         assert "--pool-name" in caught.value.hint
         assert hits(server, 1) == 1
+    kept_pool(tmp_path).unlink()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOMEM])
+def test_a_pool_that_cannot_be_had_now_is_one_usage_error_and_stays(tmp_path, monkeypatch, number):
+    """It may be another user's, or good and only out of reach for the moment."""
+    with server_in(tmp_path, **KEPT) as server:
+        store(server, 1)
+    open_ = os.open
+
+    def refuse(path, *args, **more):
+        if Path(path) == kept_pool(tmp_path):
+            raise OSError(number, os.strerror(number), str(path))
+        return open_(path, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lmcache.pool.os.open", refuse)
+        with pytest.raises(UsageError, match=os.strerror(number)):
+            start_server(make_config(tmp_path, pool_name="kept"))
+    with server_in(tmp_path, **KEPT) as server:
+        assert hits(server, 1) == 1
+    kept_pool(tmp_path).unlink()
+
+
+def test_a_pool_of_no_use_that_cannot_be_removed_is_one_usage_error(tmp_path, monkeypatch):
+
+    def refuse(*_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    kept_pool(tmp_path).write_bytes(b"junk")
+    with monkeypatch.context() as patch:
+        patch.setattr("lmcache.server.app.Path.unlink", refuse)
+        with pytest.raises(UsageError, match="Operation not permitted"):
+            start_server(make_config(tmp_path, pool_name="kept"))
     kept_pool(tmp_path).unlink()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from lmcache.metrics import Metrics
 from lmcache.pool import PAGE_BYTES
-from lmcache.protocol import Clear, EndSession, FreeLookupLocks, Lookup
+from lmcache.protocol import Clear, EndSession, Evict, FreeLookupLocks, Lookup
 from lmcache.server.service import Answer
 from lmcache.storage.l2.tier import TierConfig
 from lmcache.storage.tiers import NamedAdapter, Tiers
@@ -190,6 +190,27 @@ def test_a_clear_that_takes_too_long_says_so(tiered: Tiered):
     tiered.harness.pass_time(2.0)
     [answer] = cleared
     assert (answer.reply.tiers[0].done, answer.reply.tiers[0].error) == (False, "not done yet")
+
+
+def test_chunks_of_an_engines_ranks_are_evicted_from_the_tier_although_none_was_stored_here(tiered: Tiered):
+    """The server was restarted: of what lies in the tiers it knows the ranks from who registers."""
+    tiered.harness.client().register(world_size=3)
+    for rank in range(3):
+        put_value(tiered.fake, 0, 1, rank=rank)
+    tiered.harness.call(Evict(), [keys(0)])
+    wait_until(lambda: (tiered.tiers.tick(), len(tiered.fake.values) == 3)[1])
+
+
+def test_a_forged_rank_makes_no_eviction_long(tiered: Tiered):
+    client = tiered.harness.client()
+    client.store(3, rank=65535)
+    put_value(tiered.fake, 0)
+    tiered.harness.call(Evict(), [keys(*range(16384))])
+    wait_until(lambda: (tiered.tiers.tick(), not tiered.fake.values)[1])
+    for rank in range(1, 40):
+        client.store(3, rank=rank)
+    assert tiered.harness.code_of(Evict(), [keys(*range(16384))]) == "bad_field"
+    tiered.until_answered(tiered.harness.send(Clear()))
 
 
 def test_a_stored_chunk_reaches_the_tier_as_it_was_stored(tiered: Tiered):

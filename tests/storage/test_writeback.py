@@ -126,7 +126,7 @@ def test_delete_comes_after_the_write_that_is_under_way(tmp_path: Path):
         tiered.fake.stop("put")
         tiered.store(0)
         tiered.until(lambda: tiered.fake.num_waiting)
-        tiered.tiers.delete(key(0), 1)
+        tiered.tiers.delete(key(0), [0])
         tiered.fake.go()
         tiered.until(lambda: "delete" in tiered.fake.calls and not tiered.fake.values)
 
