@@ -78,6 +78,7 @@ class Promotion:
         self.entries = entries
         self.world_size = world_size
         self.l1_chunks = len(l1_slots) // world_size
+        self.began_at = time.monotonic()
         self.deadline = deadline
         self.done = done
         self.pinned = list(l1_slots)
@@ -365,10 +366,12 @@ class Promoter:
             self._stop(promotion)
 
     def _blame(self, promotion: Promotion) -> None:
-        """A tier that had nothing to show by the deadline has failed; one that is merely slow has not."""
-        operations = {tier: job.operation for job, tier in promotion.jobs.items()}
-        for tier, operation in operations.items():
-            if not promotion.loaded_bytes(tier):
+        """A tier that had nothing to show by the deadline has failed; one that is merely slow, or busy for others, has not."""
+        for tier in set(promotion.jobs.values()):
+            jobs = [job for job, of_tier in promotion.jobs.items() if of_tier is tier]
+            operation = jobs[0].operation  # first all of them find, then all of them read
+            since = promotion.loading_since if operation == "read" else promotion.began_at
+            if tier.last_progress_at[operation] < since and not any(job.has_done_something for job in jobs):
                 tier.fail(operation, "deadline", "a lookup's deadline passed with nothing done", tier.reads)
 
     def cancel_all(self) -> None:

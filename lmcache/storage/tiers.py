@@ -143,6 +143,8 @@ class Tiers:
 
     def stop_moving(self) -> None:
         """What is on its way up is unwanted, and what is on its way down as well."""
+        if self._ahead is not None:
+            self._ahead.start_over()
         self._promoter.cancel_all()
         for writeback in self._writebacks:
             writeback.drop_all("removed")

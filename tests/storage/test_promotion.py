@@ -1,5 +1,6 @@
 """The way up from a tier: what a lookup gets, when, and that no late write touches another chunk."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,19 @@ def test_a_tier_that_hangs_is_left_alone_after_some_deadlines(tmp_path: Path):
             assert tiered.look_up(0, seconds=0.01) == 0
         assert not tiered.begin(0)
         assert tiered.value("failures", "find", "deadline") == MAX_FAILURES
+
+
+@pytest.mark.parametrize("hangs_at", ["lengths", "get"])
+def test_a_tier_that_is_busy_for_others_has_not_failed(tmp_path: Path, hangs_at: str):
+    """Its threads deliver, and this lookup's turn has not come by its deadline."""
+    with tiered_in(tmp_path) as tiered:
+        put_value(tiered.fake, 0)
+        tiered.fake.stop(hangs_at)
+        assert tiered.begin(0, seconds=0.2)
+        tiered.until(lambda: tiered.fake.num_waiting)
+        tiered.tier.last_progress_at["find" if hangs_at == "lengths" else "read"] = time.monotonic()
+        tiered.until(lambda: tiered.found)
+        assert tiered.value("failures", "find", "deadline") == tiered.value("failures", "read", "deadline") == 0
 
 
 def test_a_read_error_is_a_miss_of_what_follows(tmp_path: Path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lmcache.pool import PAGE_BYTES
-from lmcache.storage.l2.base import Reason
+from lmcache.storage.l2.base import L2Error, Parts, Reason
 from lmcache.storage.l2.breaker import MAX_FAILURES
 from lmcache.storage.l2.value import HEADER_BYTES, check_value, unpack_header
 from lmcache.storage.manager import RemovalReason, Selection
@@ -107,6 +107,42 @@ def test_writes_stop_while_the_tier_fails_and_go_on_by_themselves(tmp_path: Path
         tiered.until(lambda: tiered.tier.writes.is_closed, "the probe's success")
         tiered.settle()
         assert len(tiered.fake.values) == 3  # those that had waited
+
+
+@pytest.mark.parametrize("policy", ["write-through", "write-on-evict"])
+def test_what_a_failed_write_had_not_come_to_is_written_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str):
+    """Else one lost connection would leave a hole of a whole batch in a prompt."""
+    with tiered_in(tmp_path, write_threads=1, write_on_evict=policy == "write-on-evict", watermark=0.1) as tiered:
+        put, failures = tiered.fake.put, []
+
+        def fail_once(key: str, parts: Parts) -> None:
+            if not failures and len(tiered.fake.values) == 2:
+                failures.append(key)
+                raise L2Error("the connection was reset", code=Reason.UNREACHABLE)
+            put(key, parts)
+
+        monkeypatch.setattr(tiered.fake, "put", fail_once)
+        tiered.store(*range(6))
+        if policy == "write-on-evict":
+            tiered.tiers._ahead.offer_all()
+        tiered.settle()
+        assert len(failures) == 1
+        assert len(tiered.fake.values) == 5
+        assert tiered.value("dropped_chunks", "failed") == 1
+
+
+def test_after_a_clear_of_the_tiers_nothing_counts_as_written(tmp_path: Path):
+    with tiered_in(tmp_path, write_threads=1, write_on_evict=True) as tiered:
+        slots = tiered.store(*range(6))
+        tiered.tiers._ahead.offer_all()
+        tiered.settle()
+        assert all(tiered.tiers._ahead.is_written(slot) for slot in slots)
+        clearing = tiered.tiers.clear()
+        tiered.until(lambda: clearing.is_done)
+        assert not any(tiered.tiers._ahead.is_written(slot) for slot in slots)
+        tiered.tiers._ahead.offer_all()
+        tiered.settle()
+        assert len(tiered.fake.values) == 6
 
 
 def test_removal_on_request_takes_chunks_out_of_the_queue(tmp_path: Path):

@@ -36,6 +36,10 @@ from lmcache.storage.l2.spec import AdapterSpec, FsSettings
 SUFFIX = ".kv"
 TEMP_FOLDER = "tmp"
 LOCK_SUFFIX = ".lock"
+# No file of this file system can be locked: Lustre without `-o flock`, NFS whose lock manager is away.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+# One file cannot be read, where others can.
+_DAMAGED = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
 PAGE_BYTES = 4096
 # What other servers wrote is seen after this long, or after a hundred times what reading the folder took.
 RESCAN_SECONDS = 60.0
@@ -114,7 +118,7 @@ class FsAdapter(L2Adapter):
             try:
                 found = os.fstat(fd)
                 check_length(key, found.st_size, sum(part.nbytes for part in parts))
-                check_length(key, self._io.read(fd, parts), found.st_size)
+                check_length(key, self._read(key, fd, parts), found.st_size)
                 self._note(key, _on_disk(found.st_size))
                 if time.time() - found.st_mtime > USE_GRAIN_SECONDS:
                     with contextlib.suppress(OSError):  # read-only, or another user's: it then ages as if unused
@@ -122,6 +126,15 @@ class FsAdapter(L2Adapter):
             finally:
                 os.close(fd)
         return True
+
+    def _read(self, key: str, fd: int, parts: Parts) -> int:
+        """Read a value. One that lies on a bad spot of the disk is as good as changed: it goes, and is written anew."""
+        try:
+            return self._io.read(fd, parts)
+        except OSError as exc:
+            if exc.errno in _DAMAGED:
+                raise L2Error(f"{key} in {self._root} cannot be read: {exc.strerror}", code=Reason.CORRUPT) from exc
+            raise
 
     def lengths(self, keys: Sequence[str]) -> list[int | None]:
         """See the contract."""
@@ -324,10 +337,25 @@ def _lock_file(path: str) -> int:
     """Return a descriptor of a new locked file. Whoever locks it between its making and our lock removes it: then anew."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with contextlib.suppress(OSError):
-            if try_lock(fd) and os.path.samestat(os.fstat(fd), os.stat(path)):
+        try:
+            if _lock_if_possible(fd) and os.path.samestat(os.fstat(fd), os.stat(path)):
                 return fd
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
+
+
+def _lock_if_possible(fd: int) -> bool:
+    """Lock a file, or take it for locked where nothing can be: there nobody can find its holder dead."""
+    try:
+        return try_lock(fd)
+    except OSError as exc:
+        if exc.errno in _NO_LOCKS:
+            return True
+        raise
 
 
 def _remove_temps_of_the_dead(folder: str) -> None:
@@ -337,20 +365,30 @@ def _remove_temps_of_the_dead(folder: str) -> None:
     for name in names:
         if name.endswith(LOCK_SUFFIX):
             path = f"{folder}/{name}"
-            with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    if try_lock(fd):
-                        _unlink(path)
-                    else:
-                        living.add(name.removesuffix(LOCK_SUFFIX))
-                finally:
-                    os.close(fd)
+            if not _remove_if_unlocked(path):
+                living.add(name.removesuffix(LOCK_SUFFIX))
     for name in names:
         writer, separator, _ = name.partition("-")
         if separator and writer not in living:
             with contextlib.suppress(OSError):
                 _unlink(f"{folder}/{name}")
+
+
+def _remove_if_unlocked(path: str) -> bool:
+    """Remove a lock file that nobody holds, and tell whether that is so; False where it cannot be known."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        return exc.errno == errno.ENOENT
+    try:
+        if not try_lock(fd):
+            return False
+        _unlink(path)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 @contextlib.contextmanager

@@ -94,6 +94,11 @@ class FindJob(Job):
         self.names = names
         self.chunk_lengths: list[int | None] = []
 
+    @property
+    def has_done_something(self) -> bool:
+        """Whether the tier has told of any value; any thread."""
+        return bool(self.chunk_lengths)
+
     def _run(self, adapter: L2Adapter, header: memoryview) -> None:
         for start in range(0, len(self.names), MAX_KEYS_PER_CALL):
             if self.is_cancelled:
@@ -115,6 +120,11 @@ class ReadJob(Job):
     def __init__(self, transfers: Sequence[Transfer], done: Callable[[], None]) -> None:
         super().__init__(done)
         self.transfers = transfers
+
+    @property
+    def has_done_something(self) -> bool:
+        """Whether the tier has delivered any value; any thread."""
+        return any(transfer.outcome is Outcome.DONE for transfer in self.transfers)
 
     def _run(self, adapter: L2Adapter, header: memoryview) -> None:
         for transfer in self.transfers:

@@ -223,11 +223,15 @@ class RedisAdapter(L2Adapter):
                         connection.send_command("ASKING")
                         connection.read_response()
                     return action(connection)
-            except exceptions.AskError as exc:
-                asked = client.get_node(host=exc.host, port=exc.port)
-            except exceptions.MovedError:
-                asked = None
-                client.nodes_manager.initialize()
+            except exceptions.AskError as exc:  # MovedError is one
+                if not self._settings.cluster:
+                    raise L2Error(
+                        f"redis {self._name} is a node of a cluster; write redis+cluster://", code=Reason.ERROR
+                    ) from exc
+                is_moved = isinstance(exc, exceptions.MovedError)
+                asked = None if is_moved else client.get_node(host=exc.host, port=exc.port)
+                if asked is None:  # or a node that is new
+                    client.nodes_manager.initialize()
             except exceptions.ConnectionError as exc:
                 if is_second or isinstance(exc, exceptions.AuthenticationError):
                     raise

@@ -60,7 +60,7 @@ class ObjectStoreAdapter(L2Adapter):
     def __init__(self, spec: AdapterSpec) -> None:
         assert isinstance(spec.settings, ObjectStoreSettings)
         self._settings = spec.settings
-        self._prefix = spec.settings.prefix.strip("/") + "/"
+        self._prefix = spec.settings.prefix + "/"
         self._name = f"{spec.name}://{spec.settings.bucket}"
         try:
             self._store = _make_store(spec.name, spec.settings)
@@ -111,10 +111,10 @@ class ObjectStoreAdapter(L2Adapter):
             return self._delete(paths)
 
     def clear(self) -> int:
-        """See the contract: every object in the folder."""
+        """See the contract: every object in the folder, none in folders below."""
         with self._as_l2_error("clear"):
             listed = obstore.list(self._store, self._prefix, chunk_size=BATCH_KEYS)
-            return sum(self._delete([item["path"] for item in batch]) for batch in listed)
+            return sum(self._delete([item["path"] for item in batch if self._is_ours(item["path"])]) for batch in listed)
 
     def usage(self) -> Usage:
         """See the contract: only a list of all objects would tell."""
@@ -135,6 +135,9 @@ class ObjectStoreAdapter(L2Adapter):
 
     def _path(self, key: str) -> str:
         return self._prefix + key
+
+    def _is_ours(self, path: str) -> bool:
+        return path.startswith(self._prefix) and "/" not in path.removeprefix(self._prefix)
 
     def _length(self, key: str) -> int | None:
         try:

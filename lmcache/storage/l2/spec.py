@@ -59,6 +59,13 @@ def _prefix(text: str) -> str:
     return text
 
 
+def _bucket_folder(text: str) -> str:
+    folder = _prefix(text).strip("/")
+    if not folder or "//" in folder:
+        raise ValueError("expected the name of a folder, such as lmcache or team-a/kv")
+    return folder
+
+
 def _folder(text: str) -> str:
     if not os.path.isabs(text) or "\0" in text or os.path.normpath(text) == "/":
         raise ValueError("expected an absolute path of a folder of its own, such as /var/cache/lmcache")
@@ -126,7 +133,7 @@ class ObjectStoreSettings:
     """A bucket of S3 or what speaks like it, of Google Cloud Storage or of Azure Blob Storage."""
 
     bucket: str = _setting(MISSING, _name, "the bucket (Azure: the container)", in_url="host")
-    prefix: str = _setting("lmcache", _prefix, "its folder for the values; `clear` removes no others", in_url="path")
+    prefix: str = _setting("lmcache", _bucket_folder, "its folder for the values; `clear` removes no others", in_url="path")
     endpoint: str = _setting("", _endpoint, "where the service is, unless it is its maker's; http:// is not encrypted")
     region: str = _setting("", _text, "S3 only; empty: AWS_REGION or us-east-1")
     account: str = _setting("", _text, "Azure only: the storage account")

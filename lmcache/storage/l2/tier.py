@@ -16,7 +16,7 @@ from lmcache.log import RateLimitedLog, init_logger
 from lmcache.metrics import L2_FAILURE_REASONS, Metrics
 from lmcache.storage.l2.base import L2Adapter, Usage
 from lmcache.storage.l2.breaker import Breaker
-from lmcache.storage.l2.jobs import VALUE_CODES, Job, Outcome, ProbeJob, ReadJob, UsageJob, WriteJob
+from lmcache.storage.l2.jobs import VALUE_CODES, FindJob, Job, Outcome, ProbeJob, ReadJob, UsageJob, WriteJob
 from lmcache.storage.l2.workers import Completions, Workers
 
 logger = init_logger(__name__)
@@ -83,6 +83,8 @@ class Tier:
         self.reads, self.writes = Breaker(), Breaker()
         self.read_speed = Speed()
         self.usage = Usage()
+        self.last_progress_at = {"find": 0.0, "read": 0.0}
+        """When such a job last came back with something, on the monotonic clock."""
         self.num_clears = 0
         """Clears under way or to come: until they are over nothing that is found here counts."""
         self._shown = shown
@@ -150,6 +152,8 @@ class Tier:
             self._metrics.observe("lmcache_l2_duration_seconds", self.name, job.operation, value=job.seconds)
         if isinstance(job, (ReadJob, WriteJob)):
             self._finish_transfers(job)
+        if isinstance(job, (FindJob, ReadJob)) and job.has_done_something:
+            self.last_progress_at[job.operation] = time.monotonic()
 
     def _breaker_of(self, job: Job) -> Breaker | None:
         if job.operation in ("find", "read"):
@@ -168,7 +172,7 @@ class Tier:
         for transfer in job.transfers:
             with contextlib.suppress(BufferError):  # somebody still looks at it: the pool's mapping stays until that ends
                 transfer.extent.release()
-            if transfer.outcome is Outcome.PENDING:  # the job ended before its turn
+            if job.operation == "read" and transfer.outcome is Outcome.PENDING:  # the job ended before its turn
                 transfer.outcome = Outcome.FAILED
 
     def _add_in_flight(self, job: Job, sign: int) -> None:

@@ -147,12 +147,23 @@ class Writeback:
     def _finish(self, job: WriteJob) -> None:
         self._in_flight.discard(job)
         self._l1.unpin([transfer.slot for transfer in job.transfers])
+        self._queue_again(job)
         outcomes = [transfer.outcome for transfer in job.transfers]
         self.tier.count("existing_chunks", by=outcomes.count(Outcome.EXISTS))
         lost = (Outcome.BAD, Outcome.FAILED)
         self.tier.count("dropped_chunks", "failed", by=sum(outcome in lost for outcome in outcomes))
         self.tier.count("dropped_chunks", "removed", by=outcomes.count(Outcome.CANCELLED))
         self.dispatch()
+
+    def _queue_again(self, job: WriteJob) -> None:
+        """A job that failed has come to the first of those that are pending; the others have their turn again, and first."""
+        pending = [transfer for transfer in job.transfers if transfer.outcome is Outcome.PENDING]
+        if job.is_cancelled:
+            for transfer in pending:
+                transfer.outcome = Outcome.CANCELLED
+        elif pending:
+            pending[0].outcome = Outcome.FAILED
+            self._queue = dict.fromkeys([*(transfer.slot for transfer in pending[1:]), *self._queue])
 
 
 class WriteAhead:
@@ -175,6 +186,10 @@ class WriteAhead:
     def note_stored(self, slots: Iterable[int]) -> None:
         """These chunks came from a tier: they need not be written."""
         self._offered.update(slots)
+
+    def start_over(self) -> None:
+        """The tiers were cleared, or what was queued was dropped: nothing counts as written any more."""
+        self._offered.clear()
 
     def forget(self, slot: int) -> bool:
         """A chunk goes from L1; False when it had never been offered."""

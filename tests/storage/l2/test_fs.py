@@ -1,5 +1,6 @@
 """The folder's own matters: capacity, the index over restarts, several servers in one folder, writers that are killed."""
 
+import errno
 import mmap
 import os
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lmcache.storage.l2 import fs as fs_module
-from lmcache.storage.l2.base import L2Error
+from lmcache.storage.l2.base import L2Error, Reason
 from lmcache.storage.l2.direct import ALIGNMENT, BOUNCE_BYTES, DirectIO
 from tests.storage.l2.test_contract import content, empty_parts, fetch, parts_of
 
@@ -278,3 +279,45 @@ def test_a_living_writers_file_is_left_alone(tmp_path, make, monkeypatch):
     monkeypatch.setattr(DirectIO, "write", write)
     put(one, "a")
     assert fetch(other, "a", MIB) == content("a", MIB)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_keeps_values_and_nobodys_temporary_file_is_removed(tmp_path, make, monkeypatch, number):
+    def refuse(fd: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("lmcache.pool.fcntl.flock", refuse)
+    first = make(url(tmp_path))
+    put(first, "a")
+    other = next(tmp_path.rglob("tmp")) / "abc-1"
+    other.write_bytes(b"another server is at it")
+    other.with_name("abc.lock").write_bytes(b"")
+    second = make(url(tmp_path))
+    put(second, "b")
+    assert fetch(second, "a", MIB) == content("a", MIB)
+    assert other.exists()
+
+
+def test_a_lock_that_fails_for_another_reason_is_an_error_and_no_endless_loop(tmp_path, make, monkeypatch):
+    def refuse(fd: int, how: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("lmcache.pool.fcntl.flock", refuse)
+    with pytest.raises(L2Error):
+        put(make(url(tmp_path)), "a")
+
+
+def test_a_value_on_a_bad_spot_of_the_disk_counts_as_changed(tmp_path, make, monkeypatch):
+    """So it is deleted and written anew: it is one value, not the tier."""
+    adapter = make(url(tmp_path))
+    put(adapter, "a")
+
+    def fail(fd: int, parts: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter._io, "read", fail)
+        with pytest.raises(L2Error) as caught:
+            fetch(adapter, "a", MIB)
+    assert caught.value.code == Reason.CORRUPT.value
+    assert fetch(adapter, "a", MIB) == content("a", MIB)

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import redis
 
+from lmcache.storage.l2.base import L2Error
 from tests.l2_servers import redis_server, wait_for
 from tests.storage.l2.test_contract import fetch
 from tests.tcp_proxy import TcpProxy
@@ -78,3 +79,28 @@ def test_the_database_is_the_one_in_the_url(make, redis_port):
     one.put("key", [memoryview(b"value")])
     assert zero.lengths(["key"]) == [None]
     assert one.clear() == 1
+
+
+def test_a_node_of_a_cluster_that_is_taken_for_a_single_server_says_so(make, redis_cluster_ports):
+    adapter = make(f"redis://127.0.0.1:{redis_cluster_ports[0]}?timeout-seconds=60")
+    messages = []
+    for number in range(20):  # one of three nodes has the name
+        try:
+            adapter.put(f"key-{number}", [memoryview(b"value")])
+        except L2Error as exc:
+            messages.append(str(exc))
+    assert messages
+    assert all("is a node of a cluster; write redis+cluster://" in message for message in messages)
+
+
+def test_a_slot_that_has_moved_is_found_on_its_new_node(make, redis_cluster_ports):
+    """As after a cluster was rebalanced: the map that the client has is old."""
+    adapter = make(f"redis+cluster://127.0.0.1:{redis_cluster_ports[0]}?timeout-seconds=60")
+    adapter.put("key", [memoryview(b"value")])
+    nodes = adapter._connected().nodes_manager
+    slot = adapter._connected().keyslot("lmcache:key")
+    others = [node for node in nodes.get_nodes_by_server_type("primary") if node not in nodes.slots_cache[slot]]
+    nodes.slots_cache[slot] = [others[0]]
+    adapter.put("key", [memoryview(b"other")])
+    assert nodes.slots_cache[slot] != [others[0]]
+    assert adapter.lengths(["key"]) == [5]

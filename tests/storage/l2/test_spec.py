@@ -76,6 +76,7 @@ def test_a_url_and_a_json_object_say_the_same_in_two_ways(text, name, redacted):
         ("redis://host?ttl-seconds=1.5", "L2 adapter redis: ttl-seconds '1.5': expected a whole number", ""),
         ("redis://host/one", "L2 adapter redis: db 'one': expected a whole number", ""),
         ("redis://host?prefix=", "L2 adapter redis: prefix '': expected 1 to 512 printable ASCII characters", ""),
+        ("s3://bucket?prefix=/", "L2 adapter s3: prefix '/': expected the name of a folder, such as lmcache or team-a/kv", ""),
         ("redis+cluster://host/2", "L2 adapter redis: db 2: a cluster has only database 0", ""),
         ("rediss://host?tls=0", "L2 adapter redis: tls is given twice", ""),
         ("redis://host?ca-file=/c.pem", "L2 adapter redis: ca-file without TLS", "write rediss://"),
