@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +34,7 @@ from lmcache.errors import (
 from lmcache.keys import KEY_BYTES, Namespace
 from lmcache.layout import KVLayout
 from lmcache.log import RateLimitedLog, init_logger
-from lmcache.pool import KEPT_SECONDS, PoolView, Presence, is_same_chunk
+from lmcache.pool import PoolView, Presence, is_same_chunk
 from lmcache.protocol import (
     MAX_CHUNKS,
     Abort,
@@ -270,19 +268,17 @@ class PinnedChunks:
         self._is_inline = is_inline
         self._is_open = True
 
-    def verify(self, check_content: bool = False, kept_at: float = -math.inf) -> None:
+    def verify(self, check_content: bool = False) -> None:
         """Return if every extent belonged to its chunk until now. Call it after the copy has completed.
 
         Args:
             check_content: also compare the bytes with the checksum that was stored, where one was.
-            kept_at: when `are_kept` was true, on the monotonic clock.
         Raises: StaleReadError, ChecksumError: throw away what was copied.
         """
-        is_kept = time.monotonic() - kept_at <= KEPT_SECONDS
         for placement, extent in zip(self.placements, self.extents, strict=True):
             differs = check_content and placement.checksum and checksum(extent) != placement.checksum
             # After the bytes were read, and first to be told: other bytes are no wonder in a slot that was freed.
-            if not self._is_there(placement, is_kept):
+            if not is_same_chunk(self._generation(placement), placement.generation):
                 raise StaleReadError(f"slot {placement.slot} was freed while it was read")
             if differs:
                 raise ChecksumError(f"chunk in slot {placement.slot} differs from what was stored")
@@ -290,17 +286,14 @@ class PinnedChunks:
     @property
     def are_kept(self) -> bool:
         """Whether all chunks are there and pinned. If so, they can be read for KEPT_SECONDS, whatever happens."""
-        are_there = all(self._is_there(placement) for placement in self.placements)
+        are_pinned = all(self._generation(placement) == placement.generation for placement in self.placements)
         view = self._attachment.view
-        return are_there and (self._is_inline or view is None or view.boot_id.hex() == self._attachment.boot)
+        return are_pinned and (self._is_inline or view is None or view.boot_id.hex() == self._attachment.boot)
 
-    def _is_there(self, placement: Placement, is_kept: bool = False) -> bool:
-        """Whether the slot still holds the chunk, and pinned unless it `is_kept` anyway. What came over the socket is ours."""
+    def _generation(self, placement: Placement) -> int:
+        """The slot's generation now. What came over the socket is ours, and stays."""
         view = self._attachment.view
-        if self._is_inline or view is None:
-            return True
-        now = view.generation(placement.slot)
-        return is_same_chunk(now, placement.generation) if is_kept else now == placement.generation
+        return placement.generation if self._is_inline or view is None else view.generation(placement.slot)
 
     def release(self) -> None:
         """Unpin, without waiting for the reply. Never raises for a server that is gone: its pins are gone with it."""
@@ -334,9 +327,9 @@ class PinnedChunks:
 class BorrowedChunks(PinnedChunks):
     """Chunks at places that another client of this host was told, and has pinned: nothing is asked, and nothing unpinned."""
 
-    def verify(self, check_content: bool = False, kept_at: float = -math.inf) -> None:
+    def verify(self, check_content: bool = False) -> None:
         """The same. Whether the pins were still there does not matter. The chunks are counted for the next report."""
-        super().verify(check_content, kept_at)
+        super().verify(check_content)
         self._client.tally.add(loaded_chunks=len(self.extents))
 
     def _unpin(self) -> None:
@@ -406,8 +399,9 @@ class Tally:
 class PendingLookup:
     """A lookup under way. Belongs to the thread that started it."""
 
-    def __init__(self, client: KVCacheClient, future: ReplyFuture[LookupReply]) -> None:
+    def __init__(self, client: KVCacheClient, client_id: str, future: ReplyFuture[LookupReply]) -> None:
         self._client = client
+        self._client_id = client_id
         self._future = future
         # By request, so that it would take the pins of the request's next lookup along.
         future.is_undone_late = False
@@ -432,7 +426,7 @@ class PendingLookup:
             self._client.note_silence(exc)
             raise
         except RemoteError as exc:
-            self._client.note_refusal(exc)
+            self._client.note_refusal(self._client_id, exc)
             raise
 
     def abandon(self) -> None:
@@ -658,10 +652,10 @@ class KVCacheClient:
         if self._heartbeat is not None:
             self._down_reason = exc.message
 
-    def note_refusal(self, exc: RemoteError) -> None:
-        """An error reply; when it says that the server does not know us, we introduce ourselves again."""
+    def note_refusal(self, client_id: str, exc: RemoteError) -> None:
+        """An error reply to what was asked as `client_id`; if the server does not know that, we introduce ourselves again."""
         attachment = self._attachment
-        if exc.code == UNKNOWN_CLIENT and attachment is not None:
+        if exc.code == UNKNOWN_CLIENT and attachment is not None and attachment.client_id == client_id:
             self._note_forgotten(attachment)
 
     def note_failure(self, exc: Exception) -> None:
@@ -673,15 +667,15 @@ class KVCacheClient:
         wait = 0.0
         backoff = 0.1
         while not self._stop.wait(wait):
+            attachment = self._attachment
             try:
-                wait, backoff = self._beat_once(), 0.1
+                wait, backoff = self._beat_once(attachment), 0.1
             except LMCacheError as exc:
                 if self._stop.is_set():
                     return  # it was `close` that ended the wait
                 # Something else may answer there, now or later. Who was connected and is silent is frozen: no need to look.
                 is_worth_a_look = not self._down_reason or not isinstance(exc, DeadlineError)
                 self._down_reason = str(exc)
-                attachment = self._attachment
                 if attachment is not None and isinstance(exc, RemoteError) and exc.code == UNKNOWN_CLIENT:
                     self._note_forgotten(attachment)
                 elif attachment is not None:
@@ -691,19 +685,16 @@ class KVCacheClient:
                 self.note_failure(UnreachableError(self._down_reason))
                 wait, backoff = backoff, min(backoff * 2, BACKOFF_MAX_SECONDS)
 
-    def _beat_once(self) -> float:
+    def _beat_once(self, attachment: Attachment | None) -> float:
         with self._lock:
-            num_posted = len(self._posted)
-        attachment = self._attachment
+            posted = [*self._posted]
         reply = self.mq.call(
             Noop(client=attachment.client_id if attachment else None),
             timeout_seconds=min(self.mq.timeout_seconds, BACKOFF_MAX_SECONDS),
         )
         if attachment is not None and reply.boot != attachment.boot:
             self._retire(attachment)
-        with self._lock:
-            posted, self._posted = self._posted[:num_posted], self._posted[num_posted:]
-        for boot, report in posted:
+        for boot, report in self._take_posted(posted):
             if boot != reply.boot:  # counted by nobody
                 self.tally.give_back(report)
         self._down_reason = ""
@@ -719,6 +710,7 @@ class KVCacheClient:
                 self.mq.call(report, timeout_seconds=min(self.mq.timeout_seconds, BACKOFF_MAX_SECONDS))
             except DeadlineError:  # it is on its way
                 self._note_posted(attachment, report)
+                self._note_told(attachment, report.pins)
                 raise
             except LMCacheError:
                 self.tally.give_back(report)
@@ -746,11 +738,18 @@ class KVCacheClient:
     def _note_forgotten(self, attachment: Attachment) -> None:
         """The server lives and does not know us any more, nor count what we told it since."""
         with self._lock:
-            lost = [report for _, report in self._posted if report.client == attachment.client_id]
-            self._posted = [posted for posted in self._posted if posted[1].client != attachment.client_id]
-        for report in lost:
+            posted = [entry for entry in self._posted if entry[1].client == attachment.client_id]
+        for _, report in self._take_posted(posted):
             self.tally.give_back(report)
         self._retire(attachment)
+
+    def _take_posted(self, entries: Sequence[tuple[str, Report]]) -> list[tuple[str, Report]]:
+        """Take out those that nobody else has taken out."""
+        ids = set(map(id, entries))
+        with self._lock:
+            taken = [entry for entry in self._posted if id(entry) in ids]
+            self._posted = [entry for entry in self._posted if id(entry) not in ids]
+        return taken
 
     def _on_late_reply(self, late: ReplyFuture[Any]) -> None:
         """Give back what the server granted to a request whose caller had stopped waiting."""
@@ -871,7 +870,7 @@ class KVCacheClient:
             places=places,
             timeout_seconds=timeout_seconds,
         )
-        return PendingLookup(self, self.mq.submit(request, [keys], timeout_seconds))
+        return PendingLookup(self, attachment.client_id, self.mq.submit(request, [keys], timeout_seconds))
 
     def post_free_lookup_locks(self, request_id: str, end: int = MAX_CHUNKS) -> None:
         """Unpin the first `end` chunks of what the request's lookup found, without waiting for the reply.

@@ -454,13 +454,19 @@ class SchedulerHalf:
         if self._stored_up_to is not None:
             self._stored_up_to.update(report.stored_up_to)
         self._loaded_up_to.update(report.loaded_up_to)
-        for number in [number for number in self._loading if number <= self._all_loaded_up_to()]:
-            for request_id in self._loading.pop(number):
-                tracked = self._tracked.get(request_id)
-                if tracked is None:  # it has ended meanwhile
-                    self._client.post_end_session(request_id)
-                elif tracked.lookup is None and not tracked.hit_boot:  # else it was preempted, and looks for its next load
-                    self.free_pins(request_id)
+        over = [number for number in self._loading if number <= self._all_loaded_up_to()]
+        for request_id in [request_id for number in over for request_id in self._loading.pop(number)]:
+            try:
+                self._free_loaded(request_id)
+            except LMCacheError as exc:  # the server has gone, and its pins with it, or they go when their time is up
+                self.note_failure(exc)
+
+    def _free_loaded(self, request_id: str) -> None:
+        tracked = self._tracked.get(request_id)
+        if tracked is None:  # it has ended meanwhile
+            self._client.post_end_session(request_id)
+        elif tracked.lookup is None and not tracked.hit_boot:  # else it was preempted, and looks for its next load
+            self.free_pins(request_id)
 
     def _distrust(self, invalid: set[int]) -> None:
         """Mark the invalid blocks and all that may have been computed from them.

@@ -22,7 +22,6 @@ of the loads that it rests on.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -74,7 +73,8 @@ class LoadUnderWay:
     transfer: Transfer
     plan_number: int
     started_at: float
-    named_at: float = -math.inf
+    is_named: bool = False
+    """Whether vLLM was told that it may go on."""
     holds_back: bool = False
     is_given_up: bool = False
 
@@ -86,11 +86,6 @@ class LoadUnderWay:
     @property
     def _is_overdue(self) -> bool:
         return time.monotonic() - self.started_at > TRANSFER_SECONDS
-
-    @property
-    def is_named(self) -> bool:
-        """Whether vLLM was told that it may go on."""
-        return self.named_at > -math.inf
 
     @property
     def may_be_named(self) -> bool:
@@ -290,9 +285,8 @@ class WorkerHalf:
         """
         while self._loading and self._loading[0].is_over:
             self._settle_first()
-        now = time.monotonic()  # before it is seen whether their chunks are kept
         while (load := self._next_to_name(IDLE_LEAD_BYTES if is_idle else LEAD_BYTES)) is not None:
-            load.named_at = now
+            load.is_named = True
             self._received.add(load.span.request_id)
         self._loaded_up_to = self._loading[0].plan_number - 1 if self._loading else self._last_load_plan
         received, self._received = self._received, set()
@@ -309,11 +303,12 @@ class WorkerHalf:
     def _settle_first(self) -> None:
         """End the first load, which was named or is named now."""
         load = self._loading.pop(0)
+        failed_before = set(self._failed_blocks)
         is_good = self._settle(load)
         if not load.is_named:
             self._received.add(load.span.request_id)
         elif not is_good and load.is_given_up:
-            self._failed_blocks.difference_update(load.span.block_ids)  # by now they are somebody else's
+            self._failed_blocks = failed_before  # by now its blocks are somebody else's
         elif not is_good:
             raise SpoiledLoadError(
                 f"{load.span.request_id} goes on without what was loaded for it (the log has why), and cannot be taken back",
@@ -329,7 +324,7 @@ class WorkerHalf:
         try:
             load.finish()
             with load.pinned:
-                load.pinned.verify(kept_at=load.named_at)
+                load.pinned.verify()
         except Exception as exc:  # whatever it is, vLLM must hear which blocks are not filled
             if isinstance(exc, StuckTransferError):  # the chunks stay pinned: the device may still read them
                 load.transfer.hold_back()
