@@ -31,7 +31,18 @@ LAZY_ARROWS = {
     "cli/commands/bench/memory.py": {"transfer"},  # for types
     "cli/commands/query/kvcache.py": {"transfer"},  # for types
 }
-CORE = {"__init__.py", "errors.py", "log.py", "keys.py", "layout.py", "pool.py", "protocol.py", "metrics.py", "utils.py"}
+CORE = {
+    "__init__.py",
+    "environment.py",
+    "errors.py",
+    "log.py",
+    "keys.py",
+    "layout.py",
+    "pool.py",
+    "protocol.py",
+    "metrics.py",
+    "utils.py",
+}
 
 HOMES = {
     "zmq": ("client/mq.py", "server/zmq_frontend.py"),

@@ -348,7 +348,13 @@ def check_environment(environment: Mapping[str, str]) -> list[str]:
 
     Raises: UsageError for a `LMCACHE_*` variable that nothing reads.
     """
-    unknown = [name for name in environment if name.startswith(PREFIX) and name not in ENVIRONMENT_VARIABLES]
+    from lmcache.environment import is_service_link
+
+    unknown = [
+        name
+        for name, value in environment.items()
+        if name.startswith(PREFIX) and name not in ENVIRONMENT_VARIABLES and not is_service_link(name, value)
+    ]
     if unknown:
         _refuse_unknown(unknown)
     return [
@@ -562,23 +568,26 @@ def ask(
     return Answer(reply, future.payload, future.round_trip_seconds)
 
 
-def check_name(url: Url, timeout: float) -> None:
-    """Return if the host's name resolves in time; the system's resolver knows no deadline.
+def check_name(url: Url, timeout: float) -> list[Any]:
+    """Return what `socket.getaddrinfo` says of the host's name, in time; the system's resolver knows no deadline.
+
+    [] for an address, which need not be looked up.
 
     Raises: UnreachableError, DeadlineError.
     """
     if not url.host or url.host == "localhost" or ":" in url.host or url.host.replace(".", "").isdigit():
-        return
+        return []
     import socket
     import threading
 
     from lmcache.errors import DeadlineError, UnreachableError
 
+    found: list[Any] = []
     failure: list[str] = []
 
     def resolve() -> None:
         try:
-            socket.getaddrinfo(url.host, url.port)
+            found.extend(socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM))
         except (OSError, UnicodeError) as exc:
             failure.append(str(exc))
 
@@ -592,6 +601,7 @@ def check_name(url: Url, timeout: float) -> None:
         )
     if failure:
         raise UnreachableError(f"cannot resolve {url.host!r}: {failure[0]}", "check --url")
+    return found
 
 
 def zmq_url(url: Url, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> Url:

@@ -98,7 +98,7 @@ def generate(client: HttpClient, question: Question, patience: float, max_contex
     """
     answer = Generation()
     try:
-        for event, seconds in _events(client, question, patience):
+        for event, seconds in _events(client, question, patience, answer):
             _add(answer, event, seconds)
     except DeadlineError as exc:
         hint = "see the engine's log, or raise --timeout"
@@ -123,10 +123,12 @@ def _so_far(answer: Generation) -> str:
     return f"after {answer.num_pieces} pieces of the answer"
 
 
-def _events(client: HttpClient, question: Question, patience: float) -> Iterator[tuple[dict[str, Any], float]]:
+def _events(
+    client: HttpClient, question: Question, patience: float, answer: Generation
+) -> Iterator[tuple[dict[str, Any], float]]:
     """Yield the stream's documents with the seconds since the request was sent.
 
-    Raises: also DeadlineError when lines come and no documents.
+    Raises: also DeadlineError when lines come and `answer` does not grow.
     """
     lines = client.lines(question.path, question.body(), patience)
     _, sent_at = next(lines)
@@ -138,11 +140,13 @@ def _events(client: HttpClient, question: Question, patience: float) -> Iterator
         data = _data(client, line.strip())
         if data == DONE:
             return
+        num_pieces = answer.num_pieces
         if data:
-            last_at = arrived_at
             yield _document(client, data), arrived_at - sent_at
+        if answer.num_pieces > num_pieces:
+            last_at = arrived_at
         elif arrived_at - last_at > patience:
-            raise DeadlineError("only comments came")
+            raise DeadlineError("nothing of the answer came")
 
 
 def _data(client: HttpClient, line: bytes) -> bytes:

@@ -16,7 +16,7 @@ import time
 import h11
 
 from lmcache.cli.base import DEFAULT_TIMEOUT_SECONDS, ENGINE_TOKEN_VARIABLE, TOKEN_VARIABLE, Url, check_name
-from lmcache.errors import DeadlineError, LMCacheError, RemoteError, UnreachableError
+from lmcache.errors import DeadlineError, LMCacheError, RemoteError, UnreachableError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class HttpClient:
     def lines(self, path: str, json: Any, patience: float) -> Iterator[tuple[bytes, float]]:
         """Post a document and yield each line of the answer with the monotonic time of its arrival.
 
-        The first item is an empty line with the time of sending. The peer may be silent for `patience` seconds.
+        The first item is an empty line with the time of sending. Each line may take `patience` seconds.
 
         Raises: UnreachableError, also when the connection ends before the answer; RemoteError for
             another status than 200.
@@ -164,12 +164,18 @@ class HttpClient:
                 body = connection.body(deadline)
                 raise self.refusal(path, HttpAnswer(status, body, connection.round_trip_seconds))
             yield b"", connection.sent_at
-            rest = b""
-            while (piece := connection.piece(time.monotonic() + patience)) is not None:
-                *lines, rest = (rest + piece).split(b"\n")
-                for line in lines:
-                    yield line, connection.received_at
-            yield rest, connection.received_at
+            begun: list[bytes] = []  # the pieces of a line that has not ended
+            while (piece := connection.piece(deadline)) is not None:
+                first, *others = piece.split(b"\n")
+                begun.append(first)
+                if others:
+                    *lines, last = [b"".join(begun), *others]
+                    begun, deadline = [last], time.monotonic() + patience
+                    for line in lines:
+                        yield line, connection.received_at
+                elif sum(map(len, begun)) > MAX_BODY_BYTES:
+                    raise h11.RemoteProtocolError(f"a line of more than {MAX_BODY_BYTES} bytes")
+            yield b"".join(begun), connection.received_at
         except (OSError, h11.ProtocolError, _ClosedError) as exc:
             raise self._error(exc, patience) from exc
         finally:
@@ -201,9 +207,12 @@ class HttpClient:
         connection.send(method, _target(self.url, path, params), self._headers(), _encoded(json), deadline)
         return connection, connection.head(deadline)
 
-    def _headers(self) -> list[tuple[str, str]]:
-        token = os.environ.get(self.peer.token_variable)
-        return [("Authorization", f"Bearer {token}")] if token else []
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        token = os.environ.get(self.peer.token_variable, "").strip()
+        if not token.isprintable():
+            message = f"{self.peer.token_variable} is not one line of printable characters"
+            raise UsageError(message, "set it to the token alone", "environment")
+        return [(b"Authorization", f"Bearer {token}".encode())] if token else []
 
     def _drop(self) -> None:
         if self._connection is not None:
@@ -263,8 +272,7 @@ class _Connection:
     """
 
     def __init__(self, url: Url, deadline: float) -> None:
-        check_name(url, _left(deadline))
-        self._socket = _connected(url, deadline)
+        self._socket = _connected(url, check_name(url, _left(deadline)), deadline)
         self._host = url.text.partition("://")[2].partition("/")[0]
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._has_begun = False
@@ -277,13 +285,14 @@ class _Connection:
             self._h11.start_next_cycle()
         return self._h11.our_state is h11.IDLE and not select.select([self._socket], [], [], 0)[0]
 
-    def send(self, method: str, target: str, headers: list[tuple[str, str]], body: bytes | None, deadline: float) -> None:
+    def send(self, method: str, target: str, headers: list[tuple[bytes, bytes]], body: bytes | None, deadline: float) -> None:
         """Send a whole request; it is put together before the clock starts."""
         from lmcache import __version__
 
-        headers = [("Host", self._host), ("User-Agent", f"lmcache/{__version__}"), ("Accept", "*/*"), *headers]
+        agent = f"lmcache/{__version__}"
+        headers = [(b"Host", self._host.encode()), (b"User-Agent", agent.encode()), (b"Accept", b"*/*"), *headers]
         if body is not None:
-            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+            headers += [(b"Content-Type", b"application/json"), (b"Content-Length", str(len(body)).encode())]
         data = self._h11.send(h11.Request(method=method, target=target, headers=headers)) or b""
         if body:
             data += self._h11.send(h11.Data(data=body)) or b""
@@ -341,10 +350,14 @@ class _Connection:
             raise _ClosedError(self._has_begun) if has_ended else exc from exc
 
 
-def _connected(url: Url, deadline: float) -> socket.socket:
-    """Return a socket that one of the name's addresses accepted."""
+def _connected(url: Url, addresses: list[Any], deadline: float) -> socket.socket:
+    """Return a socket that one of the name's addresses accepted; none are given where the host is one itself."""
     failure: OSError = OSError("the name has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM):
+    try:
+        addresses = addresses or socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+    except UnicodeError as exc:
+        raise OSError(f"{url.host!r} is no address") from exc
+    for family, kind, protocol, _, address in addresses:
         peer = socket.socket(family, kind, protocol)
         try:
             peer.settimeout(_left(deadline))

@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Without a stream, as after `>&-`, print() would write errors to the other one.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     try:
         code = _guarded(words)
-        sys.stdout.flush()
+        _flush()
         if argv is None and "torch" not in sys.modules:
             # The process ends now, and the last collection would search every module: 8 ms. Libraries below torch
             # look for leaks after it and would report what was not collected.
@@ -49,6 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         discard_stdout()
         return 0
+
+
+def _flush() -> None:
+    """Whether or not somebody still reads: the exit code is another matter."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        from lmcache.cli.output import discard_stdout
+
+        discard_stdout()
 
 
 def deprecated_server_main() -> int:
@@ -70,6 +81,7 @@ def _guarded(words: list[str]) -> int:
         for stream in (sys.stdout, sys.stderr):
             # A name that the terminal's encoding lacks must not be the reason that a command fails.
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        _check_words(words)
         if "--version" in base.before_dashes(words):
             return print_version(words)
         args = parse(words)
@@ -82,6 +94,20 @@ def _guarded(words: list[str]) -> int:
         raise
     except Exception as exc:
         return _report_bug(exc, words)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Return if all are text: what is not could be sent to no server.
+
+    Raises: UsageError
+    """
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            from lmcache.errors import UsageError
+
+            raise UsageError(f"{word!a} is not UTF-8", "write it as text") from None
 
 
 def run(args: Namespace) -> int:
@@ -182,7 +208,7 @@ def _add_command(name: str, subparsers: Any) -> bool:
 def _report_error(error: LMCacheError, words: Sequence[str], is_quiet: bool = False) -> int:
     """Say what went wrong where the caller looks for it; return the exit code."""
     from lmcache.cli.base import read_option
-    from lmcache.cli.output import error_document, print_error, to_json, write
+    from lmcache.cli.output import discard_stdout, error_document, print_error, to_json, write
     from lmcache.errors import LMCacheError
 
     if is_quiet and error.exit_code != 2:
@@ -193,10 +219,13 @@ def _report_error(error: LMCacheError, words: Sequence[str], is_quiet: bool = Fa
     document = to_json(error_document(error))
     path = read_option(words, "--output")
     try:
-        write(document, path)
-    except LMCacheError:
-        path = None
-        write(document)
+        try:
+            write(document, path)
+        except LMCacheError:
+            path = None
+            write(document)
+    except BrokenPipeError:  # the reader has gone; the exit code still tells
+        discard_stdout()
     if path is not None:
         print_error(error)
     return error.exit_code

@@ -164,14 +164,33 @@ def error_document(error: LMCacheError) -> dict[str, Any]:
 def report(result: Result, args: Namespace) -> int:
     """Write the result as `--format`, `--output` and `-q` say; return the exit code."""
     if not args.quiet:
-        text = to_json(result.document()) if args.format == "json" else result.text()
         try:
-            write(text, args.output)
+            _write_result(result, args)
         except BrokenPipeError:  # the reader has what it wanted; the exit code still tells
             discard_stdout()
         if result.error is not None and args.format != "json":
             print_error(result.error)
     return 0 if result.error is None else result.error.exit_code
+
+
+def _write_result(result: Result, args: Namespace) -> None:
+    """Write it where `--output` says, or to stdout with that error where the file takes nothing: the figures are kept."""
+    from lmcache.errors import LMCacheError
+
+    try:
+        write(_rendered(result, args.format), args.output)
+    except LMCacheError as exc:
+        if args.output is None or args.output == "-":
+            raise
+        if result.error is None:
+            result.error = exc
+        else:
+            print_error(exc)
+        write(_rendered(result, args.format))
+
+
+def _rendered(result: Result, format_name: str) -> str:
+    return to_json(result.document()) if format_name == "json" else result.text()
 
 
 def to_json(document: dict[str, Any]) -> str:
@@ -182,7 +201,7 @@ def to_json(document: dict[str, Any]) -> str:
 
 
 def write(text: str, path: str | None = None) -> None:
-    """Write text and a newline to stdout, or replace the file at `path` in one step.
+    """Write text and a newline to stdout, or replace the file at `path`, in one step where that can be done.
 
     Raises: LMCacheError when the device or the file system refuses; BrokenPipeError.
     """
@@ -225,29 +244,49 @@ def discard_stdout() -> None:
 def _replace_file(path: str, text: str) -> None:
     """Readers see the old content or the new, also when the disk fills up.
 
-    Devices and pipes are written as they are.
+    Written as they are: devices and pipes, and a file whose place takes no draft or no rename, such as a bind mount.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        with open(path, "w", encoding="utf-8") as file:
+    is_device = os.path.exists(path) and not os.path.isfile(path)
+    if is_device or not _write_by_rename(os.path.realpath(path), text):
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
-        return
-    target = os.path.realpath(path)
+
+
+def _write_by_rename(target: str, text: str) -> bool:
+    """Return whether the file was replaced; False when the draft cannot be made or renamed, and nothing has changed.
+
+    Raises: OSError when the draft's content cannot be written.
+    """
     draft = f"{target}.{os.getpid()}.tmp"
     try:
-        with open(draft, "x", encoding="utf-8", errors="backslashreplace") as file:
+        file = open(draft, "x", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - closed below
+    except OSError:
+        return False
+    try:
+        with file:
             file.write(text)
-        os.replace(draft, target)
-    except BaseException:
+        return _is_renamed(draft, target)
+    finally:
         if os.path.exists(draft):
             os.unlink(draft)
-        raise
+
+
+def _is_renamed(draft: str, target: str) -> bool:
+    try:
+        os.replace(draft, target)
+    except OSError:
+        return False
+    return True
 
 
 def print_error(error: LMCacheError) -> None:
-    """Write the error's one or two lines to stderr."""
-    print(f"error: {printable(error.message)}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {printable(error.hint)}", file=sys.stderr)
+    """Write the error's one or two lines to stderr. Where nobody can read them the exit code still tells."""
+    import contextlib
+
+    with contextlib.suppress(OSError):
+        print(f"error: {printable(error.message)}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {printable(error.hint)}", file=sys.stderr)
 
 
 def format_duration(seconds: float) -> str:

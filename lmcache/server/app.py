@@ -11,14 +11,17 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 from lmcache import __version__
-from lmcache.errors import PoolError, PoolSizeError, UsageError
+from lmcache.errors import LMCacheError, PoolError, PoolSizeError, UsageError
 from lmcache.log import configure_logging, init_logger
 from lmcache.metrics import Metrics
 from lmcache.pool import KEPT_SECONDS, NAME_PREFIX, PoolFile, remove_stale_pools
+from lmcache.protocol import Status
 from lmcache.server import http_frontend
 from lmcache.server.args import ServerConfig, add_arguments, config_from_args
 from lmcache.server.http_frontend import HttpFrontend
@@ -35,6 +38,8 @@ logger = init_logger(__name__)
 
 # What malloc may keep for the next inline messages.
 KEPT_BYTES = 128 << 20
+# How long a scrape waits for the owner thread.
+OWNER_DEADLINE_SECONDS = 2.0
 
 
 class RunningServer:
@@ -95,7 +100,7 @@ def start_server(config: ServerConfig) -> RunningServer:
         for named in adapters:
             undo.callback(named.adapter.close)
         metrics = Metrics([named.name for named in adapters])
-        metrics_server = _serve_metrics(config, metrics) if config.prometheus.metrics_port else None
+        metrics_server = _serve_metrics(config, metrics, owner) if config.prometheus.metrics_port else None
         undo.callback(_stop_metrics, metrics_server)
         pool = _open_pool(config)
         undo.callback(_give_up, pool)
@@ -192,12 +197,40 @@ def _count_removed(metrics: Metrics, reason: RemovalReason, num_bytes: int) -> N
     metrics.count("lmcache_evicted_bytes", reason.value, by=num_bytes)
 
 
-def _serve_metrics(config: ServerConfig, metrics: Metrics) -> Any:
+class _FreshRegistry:
+    """All metrics, after the owner thread has brought them up to date; where it does not answer, the server is not healthy.
+
+    As much of prometheus_client's `CollectorRegistry` as its HTTP server uses, on threads of its own.
+    """
+
+    def __init__(self, metrics: Metrics, owner: ZmqFrontend) -> None:
+        self._metrics = metrics
+        self._owner = owner
+
+    def collect(self) -> Any:
+        """Return every metric."""
+        self._bring_up_to_date()
+        return self._metrics.registry.collect()
+
+    def restricted_registry(self, names: Iterable[str]) -> Any:
+        """Return those of these names."""
+        self._bring_up_to_date()
+        return self._metrics.registry.restricted_registry(names)
+
+    def _bring_up_to_date(self) -> None:
+        try:
+            self._owner.call(Status()).result(OWNER_DEADLINE_SECONDS)
+        except (futures.TimeoutError, futures.CancelledError, LMCacheError):
+            self._metrics.set("lmcache_healthy", 0)
+
+
+def _serve_metrics(config: ServerConfig, metrics: Metrics, owner: ZmqFrontend) -> Any:
     from prometheus_client import start_http_server
 
     host, port = config.prometheus.metrics_host, config.prometheus.metrics_port
+    registry: Any = _FreshRegistry(metrics, owner)
     try:
-        server, _ = start_http_server(port, host, metrics.registry)
+        server, _ = start_http_server(port, host, registry)
     except (OSError, UnicodeError) as exc:
         raise UsageError(f"cannot listen on http://{host}:{port}: {exc}", "choose another --metrics-port") from exc
     return server

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lmcache.environment import is_service_link
 from lmcache.errors import UsageError
 from lmcache.log import LEVELS
 from lmcache.pool import PAGE_BYTES
@@ -365,7 +366,7 @@ def _read_group(
         text = getattr(args, item.name, None)
         if text is not None:
             name, sources[item.name] = "--" + item.name.replace("_", "-"), "flag"
-        elif variable in environ:
+        elif variable in environ and not is_service_link(variable, environ[variable]):
             name, text, sources[item.name] = variable, environ[variable], "environment"
         else:
             continue

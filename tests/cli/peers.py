@@ -71,9 +71,9 @@ def zmq_peer(answer: Callable[[list[bytes]], list[bytes]]) -> Iterator[int]:
         context.term()
 
 
-def unhealthy(problem: str) -> Callable[[list[bytes]], list[bytes]]:
-    """Answers that name a problem, as a server's whose pool cannot allocate."""
-    reply: Reply = NoopReply(boot="0" * 32, problems=[problem])
+def unhealthy(*problems: str) -> Callable[[list[bytes]], list[bytes]]:
+    """Answers that name problems, as a server's whose pool cannot allocate."""
+    reply: Reply = NoopReply(boot="0" * 32, problems=list(problems))
     return lambda frames: [frames[0], msgspec.msgpack.encode(reply)]
 
 

@@ -3,8 +3,11 @@
 import asyncio
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +15,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from lmcache.cli.base import http_url
 from lmcache.cli.commands.bench import phases, section
+from lmcache.cli.commands.bench.engine import name_model
 from lmcache.cli.commands.bench.phases import AnswerCheck, Calibration, Verifier, calibrate
 from lmcache.cli.commands.bench.section import CacheRun
-from lmcache.cli.commands.bench.serve import RULE, ServeBench
+from lmcache.cli.commands.bench.serve import RULE, ServeBench, engine_key
 from lmcache.cli.counters import (
     CacheCounters,
     CacheStatus,
@@ -29,7 +34,7 @@ from lmcache.cli.counters import (
 )
 from lmcache.cli.engine import Unknown
 from tests.cli.conftest import Cli
-from tests.cli.peers import http_peer
+from tests.cli.peers import EngineHandler, engine_peer, http_peer
 from tests.server_process import LmcacheServer, clean_environment, free_port
 
 FAKE_VLLM = Path(__file__).parent / "fake_vllm"
@@ -354,6 +359,21 @@ def test_prompts_too_short_to_measure_give_no_calibration_and_each_try_has_its_s
     assert capsys.readouterr().out.count("Serving Benchmark Result") == 1
 
 
+@pytest.mark.parametrize(
+    ("token", "key", "seen"),
+    [("token", None, "token"), ("token", "", "token"), ("token", "key", "key"), ("", None, None), ("", "key", "key")],
+)
+def test_vllm_has_the_engines_token_as_its_key_while_it_runs(monkeypatch, token, key, seen):
+    monkeypatch.setenv("LMCACHE_ENGINE_TOKEN", token)
+    if key is None:
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    else:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    with engine_key():
+        assert os.environ.get("OPENAI_API_KEY") == seen
+    assert os.environ.get("OPENAI_API_KEY") == key
+
+
 # -- answers ------------------------------------------------------------------------------------------------------------
 
 
@@ -528,6 +548,99 @@ def test_vllms_flags_are_shown_on_demand(engine_cli):
     done = engine_cli("bench", "engine", "--help-vllm")
     assert done.returncode == 0
     assert "--num-prompts" in done.stdout
+
+
+# Appended to the stand-in: requests that go to the engine, with the key and the model as vLLM 0.32 takes them.
+SENDING = """
+import os
+import urllib.request
+
+ARGS = None
+FIRST_MAIN = main
+
+
+def get(path):
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return urllib.request.urlopen(urllib.request.Request(ARGS.base_url + path, headers=headers)).read()
+
+
+async def send_to_engine(request_func_input, session, pbar=None):
+    get("/v1/completions?model=" + ARGS.served_model_name)
+    return Output(output_tokens=request_func_input.output_len)
+
+
+ASYNC_REQUEST_FUNCS = {"openai": send_to_engine, "other": send_to_engine}
+
+
+def main(args):
+    global ARGS
+    ARGS = args
+    if args.model is None:
+        raise RuntimeError("vLLM would ask for the models without the token")
+    return {**FIRST_MAIN(args), "model_id": args.model}
+"""
+
+
+def wants_token(status: int, document):
+    """A page of an engine that was started with `--api-key a-secret`."""
+
+    def page(handler: EngineHandler) -> None:
+        is_known = handler.headers.get("authorization") == "Bearer a-secret"
+        handler.reply(*((status, document) if is_known else (401, {"error": "Unauthorized"})))
+
+    return page
+
+
+@pytest.fixture
+def keyed_cli(engine_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
+    """As `engine_cli`, with requests that go to an engine that wants a token."""
+    shutil.copytree(FAKE_VLLM, tmp_path / "vllm", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "vllm/vllm/benchmarks/serve.py").open("a") as file:
+        file.write(SENDING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "vllm"))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    routes = {
+        "/health": (200, ""),
+        "/metrics": (200, METRICS),
+        "/v1/models": wants_token(200, {"data": [{"id": "served", "root": "/weights"}, {"id": "second"}]}),
+        "/v1/completions": wants_token(200, {}),
+    }
+    with engine_peer(routes) as peer:
+        engine_cli.engine_url = peer.url
+        engine_cli.peer = peer
+        yield engine_cli
+
+
+def test_an_engine_that_wants_a_token_gets_it_and_names_its_model(keyed_cli, tmp_path):
+    words = ["bench", "engine", "--url", keyed_cli.engine_url]
+    document = keyed_cli.json(*words, LMCACHE_ENGINE_TOKEN="a-secret")
+    assert (document["benchmark"]["completed"], document["benchmark"]["model_id"]) == (2, "/weights")
+    asked = [path for _, path, _ in keyed_cli.peer.requests if path.startswith("/v1/")]
+    assert asked == ["/v1/models"] + ["/v1/completions?model=served"] * 2
+    done = keyed_cli(*words, LMCACHE_ENGINE_TOKEN="a-secret")
+    assert "Namespace(" in done.stdout
+    assert "a-secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("token", "given"),
+    [("", {}), ("a-secret", {"model": "mine"}), ("a-secret", {"header": ["x=y", "authorization=Bearer other"]})],
+    ids=["no token", "model", "header"],
+)
+def test_vllm_asks_for_the_model_itself_where_it_can(monkeypatch, token, given):
+    monkeypatch.setenv("LMCACHE_ENGINE_TOKEN", token)
+    vllm_args = Namespace(**{"model": None, "served_model_name": None, "header": None, **given})
+    before = dict(vars(vllm_args))
+    with engine_peer({}) as peer:
+        name_model(vllm_args, http_url(peer.url), 10.0)
+    assert (vars(vllm_args), peer.requests) == (before, [])
+
+
+def test_a_wrong_token_is_the_engines_refusal(keyed_cli):
+    words = ["bench", "engine", "--url", keyed_cli.engine_url]
+    error = keyed_cli.refused(*words, code=1, LMCACHE_ENGINE_TOKEN="another")
+    assert "/v1/models wants another token than that in LMCACHE_ENGINE_TOKEN" in error
 
 
 def run_without_vllm(words, then="pass"):

@@ -8,7 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lmcache.cli.commands.bench import measure
 from lmcache.cli.commands.bench.workload import KeptSet
+from lmcache.cli.main import main
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.client.mq import MessageQueueClient
 from lmcache.pool import PoolView
@@ -258,6 +260,60 @@ def test_a_server_that_dies_ends_the_run_with_a_message():
         assert "the run ended early" in stderr
         assert "Traceback" not in stderr
         assert "Checksums:" in stdout
+
+
+@pytest.fixture
+def goes_after_first_run(monkeypatch):
+    """A server that is killed when the first run is done."""
+    run_bench = measure.run_bench
+
+    def run_then_kill(*args):
+        run = run_bench(*args)
+        server.stop(signal.SIGKILL)
+        return run
+
+    with LmcacheServer() as server:
+        monkeypatch.setattr(measure, "run_bench", run_then_kill)
+        yield server
+
+
+SWEEP = ("--concurrency", "1,2", "--operations", "50", "--timeout", "3")
+
+
+def test_figures_of_finished_runs_outlive_the_server(goes_after_first_run, capsys):
+    assert main(["bench", "kvcache", "--url", goes_after_first_run.zmq_url, *SMALL, *SWEEP]) == 3
+    captured = capsys.readouterr()
+    assert "-Operations (ops/s)-" in captured.out
+    assert "-Ended early-" in captured.out
+    assert "after run 1: " in captured.out
+    assert captured.err.startswith("error: no ")  # reply or connection
+
+
+def test_the_document_of_a_sweep_that_ended_early_has_the_finished_runs(goes_after_first_run, capsys):
+    flags = (*SMALL, *SWEEP, "--format", "json")
+    assert main(["bench", "kvcache", "--url", goes_after_first_run.zmq_url, *flags]) == 3
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document["ok"] is False
+    assert set(document["error"]) == {"code", "message", "hint"}
+    assert document["ended_by"] == document["error"]
+    assert only_run(document)["correctness"]["ok"] > 0
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (["--chunk-bytes", "64KiB,32MiB"], "too_large"),
+        (["--chunk-bytes", "1MiB", "--concurrency", "1,64"], "too_large"),
+        (["--chunk-bytes", "64KiB,512"], "chunk_bytes"),
+        (["--chunk-bytes", "64KiB", "--working-set", "1MiB", "--concurrency", "1,8"], "working_set"),
+    ],
+)
+def test_a_sweep_of_which_one_run_does_not_fit_is_refused_before_the_first(server, flags, code):
+    before = server.status()["counters"]["stored_chunks"]
+    assert bench(server, *flags, "--operations", "20", code=2)["error"]["code"] == code
+    assert server.status()["counters"]["stored_chunks"] == before
 
 
 def test_a_server_that_hangs_ends_the_run_with_a_message(server):

@@ -167,6 +167,30 @@ def test_a_reader_that_has_gone_is_no_error(server: LmcacheServer, words):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("is_json", [True, False])
+@pytest.mark.parametrize("broken", [("stdout",), ("stderr",), ("stdout", "stderr")])
+def test_a_failure_is_told_by_the_exit_code_although_its_reader_has_gone(is_json, broken):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **dict.fromkeys(broken, write_end)}
+    words = ["ping", "kvcache", "--url", f"localhost:{free_port()}", *(["--format", "json"] if is_json else [])]
+    try:
+        assert subprocess.run([*LMCACHE, *words], env=clean_environment(), **streams, timeout=60, check=False).returncode == 3
+    finally:
+        os.close(write_end)
+
+
+def test_a_closed_stdin_and_words_that_are_no_text_are_wrong_calls(server: LmcacheServer):
+    command = f"{sys.executable} -m lmcache.cli.main kvcache clear --url {server.zmq_url}"
+    done = subprocess.run(["sh", "-c", f"{command} <&-"], env=clean_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "-y" in done.stderr
+    words = [*LMCACHE, "kvcache", "end-session", b"\xff", "--url", server.zmq_url]
+    done = subprocess.run(words, env=clean_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is not UTF-8" in done.stderr
+
+
 def test_a_full_disk_under_stdout_is_one_error(server: LmcacheServer):
     with open("/dev/full", "wb") as full:
         done = subprocess.run(

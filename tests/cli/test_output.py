@@ -1,7 +1,9 @@
 """Results as text and as JSON."""
 
+import errno
 import json
 import os
+import resource
 import stat
 from argparse import Namespace
 
@@ -128,6 +130,79 @@ def test_output_replaces_a_file_and_leaves_no_draft(tmp_path, capsys):
     assert json.loads(path.read_text())["ok"] is True
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
     assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def no_rename(monkeypatch):
+    """Renaming fails as it does onto a file that is a bind mount."""
+
+    def refuse(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(os, "replace", refuse)
+
+
+def test_a_file_that_cannot_be_renamed_over_is_written_in_place(tmp_path, no_rename):
+    path = tmp_path / "result"
+    path.write_text("what was there before, and longer")
+    write("new", str(path))
+    assert path.read_text() == "new\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result"]
+
+
+@pytest.mark.parametrize("refuses", ["permissions", "name"])
+def test_a_file_beside_which_no_draft_can_be_made_is_written_in_place(tmp_path, refuses):
+    if refuses == "permissions" and os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    path = tmp_path / ("result" if refuses == "permissions" else "r" * 255)
+    path.write_text("what was there before, and longer")
+    tmp_path.chmod(0o500 if refuses == "permissions" else 0o700)
+    try:
+        check_output(str(path))
+        write("new", str(path))
+    finally:
+        tmp_path.chmod(0o700)
+    assert path.read_text() == "new\n"
+
+
+def test_a_draft_that_the_disk_does_not_hold_leaves_the_file_alone(tmp_path):
+    path = tmp_path / "result"
+    path.write_text("old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+    try:
+        with pytest.raises(LMCacheError, match="File too large"):
+            write("more than eight bytes", str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result"]
+
+
+def test_figures_that_the_file_does_not_take_go_to_stdout_with_the_error(capsys):
+    result = Result("Title")
+    result.row("Figure", 42, key="figure")
+    assert report(result, arguments(output="/dev/full")) == 1
+    captured = capsys.readouterr()
+    assert "42" in captured.out
+    assert captured.err.splitlines()[0] == "error: cannot write /dev/full: No space left on device"
+
+
+def test_a_document_that_the_file_does_not_take_is_the_one_on_stdout(capsys):
+    result = Result("Title")
+    result.row("Figure", 42, key="figure")
+    assert report(result, arguments(output="/dev/full", format="json")) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert (document["ok"], document["figure"], document["error"]["code"]) == (False, 42, "output")
+
+
+def test_a_bad_answer_that_the_file_does_not_take_keeps_its_error(capsys):
+    result = Result("Title")
+    result.fail("the pool cannot allocate", code="unhealthy")
+    assert report(result, arguments(output="/dev/full", format="json")) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["error"]["code"] == "unhealthy"
+    assert captured.err.startswith("error: cannot write /dev/full")
 
 
 def test_output_follows_a_link_and_writes_to_a_device(tmp_path):

@@ -163,6 +163,24 @@ def test_known_variables_pass_and_foreign_ones_are_nobodys_business():
     assert check_environment({"LMCACHE_URL": "x", "LMCACHE_L1_SIZE_GB": "1", "PATH": "x", "VLLM_LMCACHE_X": "1"}) == []
 
 
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_nobodys_business():
+    """In every pod of the namespace, for a Service called lmcache."""
+    links = {
+        "LMCACHE_SERVICE_HOST": "10.0.0.1",
+        "LMCACHE_SERVICE_PORT": "5555",
+        "LMCACHE_SERVICE_PORT_ZMQ": "5555",
+        "LMCACHE_PORT": "tcp://10.0.0.1:5555",
+        "LMCACHE_PORT_5555_TCP": "tcp://10.0.0.1:5555",
+        "LMCACHE_PORT_5555_TCP_PROTO": "tcp",
+        "LMCACHE_PORT_5555_TCP_PORT": "5555",
+        "LMCACHE_PORT_5555_TCP_ADDR": "10.0.0.1",
+        "LMCACHE_SERVER_PORT": "tcp://10.0.0.2:5555",
+    }
+    assert check_environment(links) == []
+    with pytest.raises(UsageError):
+        check_environment({"LMCACHE_SERVER_PORT": "5555"})
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [("LMCACHE_ULR", "did you mean 'LMCACHE_URL'?"), ("LMCACHE_L1_SIZE", "did you mean 'LMCACHE_L1_SIZE_GB'?")],

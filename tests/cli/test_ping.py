@@ -1,6 +1,7 @@
 """`lmcache ping kvcache` against a real server, and against one that is not well."""
 
 import re
+import time
 
 import pytest
 
@@ -107,3 +108,20 @@ def test_wait_ends_with_the_last_error(scheme):
 def test_wait_ends_with_the_last_fail():
     with zmq_peer(unhealthy("no")) as port:
         assert Cli(f"localhost:{port}")("ping", "kvcache", "--wait", "0.5").returncode == 1
+
+
+@pytest.mark.parametrize("status", [404, 502, 503])
+def test_wait_goes_on_while_a_proxy_answers_for_the_server(status):
+    with http_peer(status, b"<html>not yet</html>", "text/html") as port:
+        url = f"http://localhost:{port}"
+        started_at = time.monotonic()
+        assert Cli(url)("ping", "kvcache", "--wait", "2").returncode == 1
+        assert time.monotonic() - started_at > 1.5
+    assert Cli(url)("ping", "kvcache", "--wait", "0.5").returncode == 3
+
+
+def test_one_bad_answer_of_several_is_fail():
+    answers = iter([unhealthy(), unhealthy("full")])  # the first opens the connection
+    with zmq_peer(lambda frames: next(answers, unhealthy())(frames)) as port:
+        document = Cli(f"localhost:{port}").json("ping", "kvcache", "--count", "3", "--interval", "0", code=1)
+    assert (document["status"], document["problems"], document["count"]) == ("FAIL", ["full"], 3)

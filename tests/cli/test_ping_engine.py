@@ -104,6 +104,27 @@ def test_an_engines_token_is_its_own():
     assert "wants a token\nhint: set LMCACHE_ENGINE_TOKEN" in done.stderr
 
 
+@pytest.mark.parametrize(("token", "sent"), [(" key\n", "Bearer key"), ("sékret", "Bearer sékret")])
+def test_a_token_is_sent_without_the_spaces_around_it_and_in_utf_8(token, sent):
+    seen = []
+
+    def health(handler):
+        seen.append(handler.headers.get("authorization").encode("latin-1").decode())
+        handler.reply(200, "")
+
+    with engine_peer({"/health": health}) as engine:
+        assert ping(engine.url, LMCACHE_ENGINE_TOKEN=token).returncode == 0
+    assert set(seen) == {sent}
+
+
+def test_a_token_that_is_none_is_the_callers_fault_and_not_shown():
+    with engine_peer({"/health": (200, "")}) as engine:
+        done = ping(engine.url, LMCACHE_ENGINE_TOKEN="sec\nret")
+    assert done.returncode == 2
+    assert "LMCACHE_ENGINE_TOKEN is not one line of printable characters" in done.stderr
+    assert "sec" not in done.stderr.replace("second", "")
+
+
 def test_what_is_no_engine_is_said():
     with http_peer(404, b"") as port:
         error = Cli("").refused("ping", "engine", "--url", f"http://localhost:{port}", code=1)

@@ -1,6 +1,8 @@
 """`lmcache query engine` against peers that stream as engines do, and as they should not."""
 
+import contextlib
 import json
+import re
 import time
 
 import pytest
@@ -141,6 +143,72 @@ def test_without_tokenize_the_counts_are_those_of_the_usage_and_corpora_are_na(t
     assert "n/a (the engine has no /tokenize)" in text
 
 
+@pytest.mark.parametrize(
+    ("answer", "because"),
+    [
+        ((400, {"error": {"message": "prompt is not a known field"}}), "prompt is not a known field"),
+        ((422, {"detail": "content is missing"}), "/tokenize answered HTTP 422: content is missing"),
+        ((200, {"tokens": []}), "/tokenize has no list of token ids"),
+        ((200, {"tokens": ["hel", "lo"]}), "/tokenize has 'hel' at position 0, which is no token id"),
+        ((200, "hello"), "/tokenize did not answer with a JSON object"),
+    ],
+    ids=["400", "422", "empty", "words", "text"],
+)
+@pytest.mark.parametrize("chat", [[], ["--chat"]], ids=["plain", "chat"])
+def test_a_tokenize_that_refuses_or_speaks_otherwise_makes_the_counts_na(tmp_path, answer, because, chat):
+    (tmp_path / "own.txt").write_text("x" * 30)
+    words = ["query", "engine", "--prompt", "{own} why?", "--corpus", f"own={tmp_path}/own.txt", *chat]
+    with engine_peer({**ENGINE, "/v1/chat/completions": ANSWER, "/tokenize": answer}) as engine:
+        found = Cli("").json(*words, "--url", engine.url)
+        text = Cli("")(*words, "--url", engine.url).stdout
+    assert (found["prompt_tokens"], found["corpora_tokens"], found["query_tokens"]) == (5, {"own": None}, None)
+    (line,) = [line for line in text.splitlines() if "Corpus 'own'" in line]
+    assert "n/a (" in line
+    assert because in line
+
+
+def test_without_usage_the_refusal_is_why_the_prompts_tokens_are_na():
+    script = streams(piece("One", "stop"), "data: [DONE]")
+    with engine_peer({**ENGINE, "/tokenize": (400, {"error": "no"}), "/v1/completions": script}) as engine:
+        found = Cli("").json(*ASK, "--url", engine.url)
+    assert (found["prompt_tokens"], found["prompt_tokens_unknown_because"]) == (None, "no, the stream gave no usage")
+
+
+def letters_without_chat(status: int, document):
+    """Tokenize prompts, and answer with this to chats."""
+
+    def script(handler: EngineHandler) -> None:
+        if "messages" in handler.document:
+            handler.reply(status, document)
+        else:
+            letters(handler)
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("tokenize", "because"),
+    [
+        (letters_without_chat(400, {"error": {"message": "no chat template"}}), "no chat template"),
+        (letters_without_chat(200, {"tokens": [1, 2]}), "/tokenize gave no count of a chat"),
+    ],
+    ids=["refused", "no count"],
+)
+def test_a_chat_that_cannot_be_tokenized_leaves_its_template_na_and_the_rest_counted(tokenize, because):
+    script = streams(delta("stop", content="Hi"), usage(15, 1), "data: [DONE]")
+    with engine_peer({**ENGINE, "/v1/chat/completions": script, "/tokenize": tokenize}) as engine:
+        found = Cli("").json(*ASK, "--chat", "--url", engine.url)
+        text = Cli("")(*ASK, "--chat", "--url", engine.url).stdout
+    assert (found["prompt_tokens"], found["query_tokens"], found["template_tokens"]) == (15, 5, None)
+    assert found["template_tokens_unknown_because"].endswith(because)
+    assert re.search(r"^  Chat template: +n/a \(", text, re.MULTILINE)
+
+
+def test_a_tokenize_that_falls_silent_is_exit_code_3():
+    error = refused({**ENGINE, "/tokenize": lambda handler: time.sleep(20)}, "--timeout", "0.5", code=3)
+    assert "within 0.5 s" in error
+
+
 def test_without_usage_what_needs_it_is_na_and_nothing_is_invented():
     script = streams(": a comment", piece("One"), piece(" two", "stop"), "data: [DONE]")
     with engine_peer({**ENGINE, "/v1/completions": script}) as engine:
@@ -221,6 +289,23 @@ def test_an_engine_that_falls_silent_is_exit_code_3_within_the_timeout(lines):
 
 def test_comments_that_keep_the_connection_alive_are_no_tokens():
     script = streams(*[": ping"] * 100, pause=0.05)
+    assert "no token from" in answered_with(script, "--timeout", "0.5", code=3)
+
+
+@pytest.mark.parametrize("line", [event(), event(choices=[])])
+def test_documents_without_a_token_are_no_tokens_either(line):
+    script = streams(piece("One"), *[line] * 100, pause=0.05)
+    assert "no token from" in answered_with(script, "--timeout", "0.5", code=3)
+
+
+def test_a_line_that_comes_a_byte_at_a_time_runs_into_the_deadline():
+    def script(handler):
+        handler.start_stream()
+        with contextlib.suppress(OSError):  # the client has gone
+            for _ in range(100):
+                handler.wfile.write(b"1\r\nd\r\n")
+                time.sleep(0.05)
+
     assert "no token from" in answered_with(script, "--timeout", "0.5", code=3)
 
 

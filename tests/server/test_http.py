@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+from concurrent.futures import Future
 
 import httpx
 import pytest
@@ -132,6 +133,26 @@ def test_metrics_can_have_a_port_of_their_own(tmp_path):
     with server_in(tmp_path, no_http=True, metrics_port=port), httpx.Client(timeout=60, trust_env=False) as http:
         text = http.get(f"http://127.0.0.1:{port}/metrics").text
         assert {family.name for family in text_string_to_metric_families(text)} == {spec.name for spec in SPECS}
+
+
+def test_a_scrape_of_that_port_is_of_the_moment_and_a_silent_owner_is_not_healthy(tmp_path, monkeypatch):
+    port = free_port()
+    monkeypatch.setattr("lmcache.server.app.OWNER_DEADLINE_SECONDS", 60.0)
+    with server_in(tmp_path, no_http=True, metrics_port=port) as server, httpx.Client(timeout=90, trust_env=False) as http:
+
+        def scrape(query: str = "") -> dict[str, float]:
+            families = text_string_to_metric_families(http.get(f"http://127.0.0.1:{port}/metrics{query}").text)
+            return {sample.name: sample.value for family in families for sample in family.samples}
+
+        first = scrape()
+        assert (first["lmcache_healthy"], first["lmcache_l1_capacity_bytes"]) == (
+            1,
+            server.service.storage.l1.pool.header.capacity_bytes,
+        )
+        assert scrape("?name[]=lmcache_uptime_seconds")["lmcache_uptime_seconds"] > first["lmcache_uptime_seconds"]
+        monkeypatch.setattr("lmcache.server.app.OWNER_DEADLINE_SECONDS", 0.1)
+        monkeypatch.setattr(server._owner, "call", lambda request: Future())
+        assert scrape()["lmcache_healthy"] == 0
 
 
 # -- what cannot ------------------------------------------------------------------------------------------------------

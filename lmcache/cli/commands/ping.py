@@ -9,7 +9,7 @@ from lmcache.cli.base import duration_seconds, positive_int
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from lmcache.cli.base import CommandParser, Url
@@ -63,11 +63,16 @@ def add_ping_options(parser: CommandParser) -> None:
 
 
 class Ping:
-    """What pings found: the server's problems (none: OK) and the time of each round trip."""
+    """What pings found: the server's problems at any of them (none: OK) and the time of each round trip."""
 
     def __init__(self, problems: list[str], seconds: list[float]) -> None:
         self.problems = problems
         self.seconds = seconds
+
+    def add(self, problems: Sequence[str], seconds: float) -> None:
+        """Take in one more."""
+        self.problems += [problem for problem in problems if problem not in self.problems]
+        self.seconds.append(seconds)
 
 
 def ping_kvcache(args: Namespace) -> int:
@@ -94,9 +99,11 @@ def ping_engine(args: Namespace) -> int:
 def until_ok(ping: Callable[[float], Ping], args: Namespace) -> Ping:
     """Return what `ping` finds, trying again until it is good or `--wait` has passed.
 
-    Raises: UnreachableError, RemoteError: that of the last try.
+    A proxy in front of a server that is yet to come may answer anything: only a wrong call or a wrong token end it at once.
+
+    Raises: LMCacheError: that of the last try.
     """
-    from lmcache.errors import UnreachableError
+    from lmcache.errors import LMCacheError, UsageError
 
     give_up_at = time.monotonic() + args.wait
     while True:
@@ -105,8 +112,8 @@ def until_ok(ping: Callable[[float], Ping], args: Namespace) -> Ping:
             found = ping(min(args.timeout, max(left, RETRY_SECONDS)) if args.wait else args.timeout)
             if not found.problems or left <= RETRY_SECONDS:
                 return found
-        except UnreachableError:
-            if left <= RETRY_SECONDS:
+        except LMCacheError as exc:
+            if left <= RETRY_SECONDS or isinstance(exc, UsageError) or exc.code == "unauthorized":
                 raise
         time.sleep(RETRY_SECONDS)
 
@@ -121,7 +128,7 @@ def ping_zmq(url: Url, timeout: float, count: int = 1, interval: float = 0.0) ->
 
     deadline = time.monotonic() + timeout
     request = Noop()
-    seconds: list[float] = []
+    ping = Ping([], [])
     with connect(url, timeout) as client:
         ask(client, request, timeout=deadline - time.monotonic())
         for index in range(count):
@@ -129,8 +136,8 @@ def ping_zmq(url: Url, timeout: float, count: int = 1, interval: float = 0.0) ->
                 time.sleep(interval)
                 deadline = time.monotonic() + timeout
             answer = ask(client, request, timeout=deadline - time.monotonic())
-            seconds.append(answer.round_trip_seconds)
-    return Ping(answer.reply.problems, seconds)
+            ping.add(answer.reply.problems, answer.round_trip_seconds)
+    return ping
 
 
 def ping_http(url: Url, timeout: float, count: int = 1, interval: float = 0.0) -> Ping:
@@ -143,8 +150,9 @@ def ping_http(url: Url, timeout: float, count: int = 1, interval: float = 0.0) -
     path = "/api/healthcheck"
     with HttpClient(url, timeout) as client:
         client.request("GET", "/livez", accept=(200, 503))
-        answer, seconds = _get_again_and_again(client, path, count, interval)
-        return Ping(own_problems(url, client.document(path, answer, accept=(200, 503))), seconds)
+        return _ping_again_and_again(
+            client, path, count, interval, lambda answer: own_problems(url, client.document(path, answer, accept=(200, 503)))
+        )
 
 
 def ping_health(url: Url, timeout: float, count: int = 1, interval: float = 0.0) -> Ping:
@@ -160,19 +168,20 @@ def ping_health(url: Url, timeout: float, count: int = 1, interval: float = 0.0)
         if isinstance(found, Unknown):
             raise wrong_peer(url, found.because, ENGINE)
         path, _ = found
-        answer, seconds = _get_again_and_again(client, path, count, interval)
-        return Ping(health_problems(client, path, answer), seconds)
+        return _ping_again_and_again(client, path, count, interval, lambda answer: health_problems(client, path, answer))
 
 
-def _get_again_and_again(client: HttpClient, path: str, count: int, interval: float) -> tuple[HttpAnswer, list[float]]:
-    """Return the last answer and the round trip of each."""
-    seconds: list[float] = []
+def _ping_again_and_again(
+    client: HttpClient, path: str, count: int, interval: float, problems_of: Callable[[HttpAnswer], list[str]]
+) -> Ping:
+    """Get a page several times; return what any answer complained about, and the round trip of each."""
+    ping = Ping([], [])
     for index in range(count):
         if index:
             time.sleep(interval)
         answer = client.send("GET", path)
-        seconds.append(answer.round_trip_seconds)
-    return answer, seconds
+        ping.add(problems_of(answer), answer.round_trip_seconds)
+    return ping
 
 
 def own_problems(url: Url, health: dict[str, Any]) -> list[str]:

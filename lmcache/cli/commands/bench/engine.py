@@ -18,7 +18,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lmcache.cli.base import DEBUG_VARIABLE, CommandParser, Url, engine_url, http_url, positive_int
+from lmcache.cli.base import DEBUG_VARIABLE, ENGINE_TOKEN_VARIABLE, CommandParser, Url, engine_url, http_url, positive_int
 from lmcache.cli.corpora import corpus_option, expand_prompt
 from lmcache.errors import LMCacheError, UnreachableError, UsageError
 
@@ -151,6 +151,7 @@ def run(args: Namespace) -> int:
         if prompts:
             vllm_args.dataset_name = "custom"
         check_engine(url, args.timeout, vllm_args.ready_check_timeout_sec)
+        name_model(vllm_args, url, args.timeout)
         observer = CacheObserver(args, url, cache, meaning_of_hits(args, vllm_args))
         observer.prepare(vllm_args.backend)
         table: list[str] | None = [] if args.output is not None and args.format == "text" else None
@@ -172,6 +173,25 @@ def expand_prompts(args: Namespace) -> list[str]:
     if args.corpus and not args.prompt:
         raise UsageError("--corpus names a text for --prompt", "add --prompt '{name} ...'")
     return [expand_prompt(template, dict(args.corpus or ())).text for template in args.prompt or ()]
+
+
+def name_model(vllm_args: Namespace, url: Url, timeout: float) -> None:
+    """Fill in the engine's first model where vLLM would ask for it, and could not: it asks without the token.
+
+    Raises: UnreachableError, LMCacheError.
+    """
+    from lmcache.cli.engine import Unknown, served_models
+    from lmcache.cli.http import ENGINE, HttpClient
+
+    headers = getattr(vllm_args, "header", None) or ()
+    is_authorized = any(header.partition("=")[0].strip().lower() == "authorization" for header in headers)
+    if vllm_args.model is not None or is_authorized or not os.environ.get(ENGINE_TOKEN_VARIABLE):
+        return
+    with HttpClient(url, timeout, ENGINE) as client:
+        models = served_models(client)
+    if not isinstance(models, Unknown) and models:
+        vllm_args.served_model_name = models[0].id
+        vllm_args.model = models[0].root or models[0].id
 
 
 def meaning_of_hits(args: Namespace, vllm_args: Namespace) -> str:

@@ -1,4 +1,4 @@
-"""`lmcache bench kvcache`: flags in, a box of figures out; the measuring is `measure.run_bench`."""
+"""`lmcache bench kvcache`: flags in, a box of figures out; the measuring is `measure.run_benches`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 import msgspec
 
 from lmcache.cli.base import byte_size, connect, duration_seconds, kvcache_url, positive_int, positive_seconds
-from lmcache.cli.commands.bench.measure import MAX_CONCURRENCY, BenchRun, BenchSettings, run_bench
+from lmcache.cli.commands.bench.measure import MAX_CONCURRENCY, BenchRun, BenchSettings, run_benches
 from lmcache.cli.commands.bench.messages import Correctness, DeviceReport
 from lmcache.cli.commands.bench.worker import PIN
 from lmcache.cli.commands.bench.workload import KeptSet, OperationKind
-from lmcache.cli.output import Result, format_bytes, format_ratio, report
+from lmcache.cli.output import Result, error_object, format_bytes, format_ratio, report
 from lmcache.cli.paged import PinNotice, kv_layout
-from lmcache.errors import UsageError
+from lmcache.errors import LMCacheError, UsageError
 
 DEFAULTS = BenchSettings()
 MAX_SEED = (1 << 63) - 1
@@ -261,13 +261,9 @@ def run(args: Namespace) -> int:
     all_settings = settings_from_args(args)
     with connect(kvcache_url(args), args.timeout) as client:
         url = client.url
-    runs: list[BenchRun] = []
     with _sigterm_as_exit(), ProgressBar(is_shown=sys.stderr.isatty(), is_quiet=args.quiet) as bar:
-        for settings in all_settings:
-            runs.append(run_bench(url, settings, bar.show))
-            if runs[-1].refusal is not None:
-                break
-    return report(bench_result(runs, url), args)
+        runs, ended_by = run_benches(url, all_settings, bar.show)
+    return report(bench_result(runs, url, ended_by), args)
 
 
 @contextlib.contextmanager
@@ -312,11 +308,12 @@ class ProgressBar:
 # -- report -----------------------------------------------------------------------------------------------------------
 
 
-def bench_result(runs: list[BenchRun], url: str) -> Result:
-    """Return the report of all runs; the first that is not good decides the exit code."""
+def bench_result(runs: list[BenchRun], url: str, ended_by: LMCacheError | None = None) -> Result:
+    """Return the report of all runs; the first that is not good decides the exit code, then what ended the one after them."""
     result = Result(f"Bench KV Cache Result ({_how_long(runs[-1])})", width=48)
     result.put("url", url)
     result.put("runs", [_document(run) for run in runs])
+    result.put("ended_by", None if ended_by is None else error_object(ended_by))
     for run in runs:
         size, concurrency = run.settings["chunk_bytes"], run.settings["concurrency"]
         prefix = f"{format_bytes(size)} x {concurrency}: " if len(runs) > 1 else ""
@@ -324,7 +321,10 @@ def bench_result(runs: list[BenchRun], url: str) -> Result:
             _add_figures(result, run, prefix)
         _add_correctness(result, run, prefix)
         _add_settings(result, run, prefix)
-    result.error = next((problem for run in runs if (problem := run.problem()) is not None), None)
+    if ended_by is not None:
+        result.section("Ended early")
+        _add_lines(result, f"after run {len(runs)}: {ended_by.message}")
+    result.error = next((problem for run in runs if (problem := run.problem()) is not None), ended_by)
     return result
 
 

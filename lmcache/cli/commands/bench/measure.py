@@ -185,6 +185,37 @@ class BenchRun(msgspec.Struct, kw_only=True):
         return None
 
 
+# -- all runs ---------------------------------------------------------------------------------------------------------
+
+
+def run_benches(
+    url: str, all_settings: Sequence[BenchSettings], on_progress: OnProgress = lambda phase, share: None
+) -> tuple[list[BenchRun], LMCacheError | None]:
+    """Run one benchmark after the other; return those that ended by themselves, and what ended the next one, if anything did.
+
+    Raises: as `run_bench` for the first; UsageError, before anything is stored, when one of them does not fit the server.
+    """
+    _check_all_fit(url, all_settings)
+    runs: list[BenchRun] = []
+    for settings in all_settings:
+        try:
+            runs.append(run_bench(url, settings, on_progress))
+        except LMCacheError as exc:
+            if not runs:
+                raise
+            return runs, exc
+        if runs[-1].refusal is not None:
+            break
+    return runs, None
+
+
+def _check_all_fit(url: str, all_settings: Sequence[BenchSettings]) -> None:
+    with MessageQueueClient(url, all_settings[0].timeout_seconds) as control:
+        l1 = control.call(Status()).status["l1"]
+    for settings in all_settings:
+        _workload(settings, l1)
+
+
 # -- one run ----------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import enum
 import importlib
 import importlib.util
 import math
+import os
 import secrets
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from lmcache.cli.base import CommandParser, did_you_mean
+from lmcache.cli.base import ENGINE_TOKEN_VARIABLE, CommandParser, did_you_mean
 from lmcache.errors import LMCacheError, UsageError
 
 RESULT_KEY = "lmcache"
@@ -33,6 +34,7 @@ RUN_STARTS = "Starting main benchmark run..."
 SALTED_BACKENDS = ("vllm", "openai", "openai-chat")
 # Those whose prompts may be token ids.
 TOKEN_BACKENDS = ("vllm", "openai")
+KEY_VARIABLE = "OPENAI_API_KEY"  # the only place from which vLLM's requests take a key
 INSTALL_HINT = "pip install 'lmcache[vllm]'"
 
 
@@ -203,7 +205,7 @@ class ServeBench:
         if self._prompts:
             replacements["get_samples"] = self._samples
         self._original = self._serve.benchmark
-        with replaced(self._serve, replacements):
+        with engine_key(), replaced(self._serve, replacements):
             return dict(self._serve.main(args))
 
     async def again(self, requests: Sequence[Any], **changes: Any) -> dict[str, Any]:
@@ -347,6 +349,24 @@ class Table:
             builtins.print(line)
         else:
             self._lines.append(line)
+
+
+@contextmanager
+def engine_key() -> Iterator[None]:
+    """Give vLLM the token for engines as its key for a while, unless it has a key."""
+    token = os.environ.get(ENGINE_TOKEN_VARIABLE, "").strip()
+    before = os.environ.get(KEY_VARIABLE)
+    if before or not token:
+        yield
+        return
+    os.environ[KEY_VARIABLE] = token
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(KEY_VARIABLE, None)
+        else:
+            os.environ[KEY_VARIABLE] = before
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from lmcache.cli.generation import Generation, Question, generate
 from lmcache.cli.http import ENGINE, HttpClient
 from lmcache.cli.output import Result, format_bytes, report
 from lmcache.cli.prompts import TokenizedPrompt, engine_encoder, tokenize
-from lmcache.errors import LMCacheError, UsageError
+from lmcache.errors import LMCacheError, UnreachableError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -143,10 +143,10 @@ def question_of(args: Namespace, model: ServedModel, prompt: Prompt) -> Question
 
 
 class TokenCounts:
-    """How many tokens the prompt has, by its parts; `template` is what a chat puts around it."""
+    """How many tokens the prompt has, by its parts; `template` is what a chat puts around it, None without one."""
 
-    def __init__(self, prompt: TokenizedPrompt, template: int | None) -> None:
-        self.total = len(prompt.token_ids) + (template or 0)
+    def __init__(self, prompt: TokenizedPrompt, template: int | Unknown | None) -> None:
+        self.total = template if isinstance(template, Unknown) else len(prompt.token_ids) + (template or 0)
         self.corpora = prompt.corpora
         self.query = prompt.query_tokens
         self.template = template
@@ -163,16 +163,34 @@ class UnknownCounts(Unknown):
 def count_tokens(client: HttpClient, question: Question, prompt: Prompt) -> TokenCounts | UnknownCounts:
     """Return the counts by the engine's own tokenizer.
 
-    Raises: UnreachableError, LMCacheError.
+    Raises: UnreachableError
     """
+    corpora = list(dict.fromkeys(span.name for span in prompt.spans))
     path = find_tokenize(client, question.model)
     if isinstance(path, Unknown):
-        return UnknownCounts(path.because, list(dict.fromkeys(span.name for span in prompt.spans)))
-    if not question.is_chat:
-        return TokenCounts(tokenize(prompt, engine_encoder(client, path, model=question.model)), None)
-    plain = tokenize(prompt, engine_encoder(client, path, model=question.model, add_special_tokens=False))
-    whole = client.request("POST", path, json={"model": question.model, "messages": question.messages}).get("count")
-    return TokenCounts(plain, whole - len(plain.token_ids) if type(whole) is int else None)
+        return UnknownCounts(path.because, corpora)
+    fields = {"add_special_tokens": False} if question.is_chat else {}
+    try:
+        plain = tokenize(prompt, engine_encoder(client, path, model=question.model, **fields))
+    except UnreachableError:
+        raise
+    except LMCacheError as exc:
+        return UnknownCounts(exc.message, corpora)
+    return TokenCounts(plain, count_template(client, path, question, len(plain.token_ids)) if question.is_chat else None)
+
+
+def count_template(client: HttpClient, path: str, question: Question, plain_tokens: int) -> int | Unknown:
+    """Return how many tokens the chat has besides those of the prompt.
+
+    Raises: UnreachableError
+    """
+    try:
+        whole = client.request("POST", path, json={"model": question.model, "messages": question.messages}).get("count")
+    except UnreachableError:
+        raise
+    except LMCacheError as exc:
+        return Unknown(exc.message)
+    return whole - plain_tokens if type(whole) is int else Unknown(f"{client.url}{path} gave no count of a chat")
 
 
 # -- the request -----------------------------------------------------------------------------------
@@ -230,25 +248,35 @@ def ask(asked: Asked, cache: CacheReader | None) -> Result:
 def add_counts(result: Result, counts: TokenCounts | UnknownCounts, answer: Generation) -> None:
     """Add how many tokens went in and came out."""
     result.put("usage_prompt_tokens", answer.prompt_tokens)
-    if isinstance(counts, UnknownCounts):
-        _add_usage(result, counts, answer)
+    total = counts if isinstance(counts, UnknownCounts) else counts.total
+    if isinstance(total, Unknown):
+        because = f"{total.because}, the stream gave no usage"
+        _add_number(result, "Prompt tokens", "prompt_tokens", answer.prompt_tokens, because)
     else:
-        result.row("Prompt tokens", counts.total, key="prompt_tokens")
-        result.put("corpora_tokens", counts.corpora)
-        for name, count in counts.corpora.items():
-            result.row(f"Corpus {name!r}", count, indent=2)
-        if counts.corpora or counts.template is not None:
-            result.row("Query", counts.query, indent=2)
-        result.put("query_tokens", counts.query)
-        if counts.template is not None:
-            result.row("Chat template", counts.template, key="template_tokens", indent=2)
-        if answer.prompt_tokens not in (None, counts.total):
-            result.row("By its usage", answer.prompt_tokens, indent=2)
+        result.row("Prompt tokens", total, key="prompt_tokens")
+    if isinstance(counts, UnknownCounts):
+        _add_unknown_parts(result, counts)
+    else:
+        _add_parts(result, counts)
+    if not isinstance(total, Unknown) and answer.prompt_tokens not in (None, total):
+        result.row("By its usage", answer.prompt_tokens, indent=2)
     _add_number(result, "Output tokens", "output_tokens", answer.output_tokens, "the stream gave no usage")
 
 
-def _add_usage(result: Result, counts: UnknownCounts, answer: Generation) -> None:
-    _add_number(result, "Prompt tokens", "prompt_tokens", answer.prompt_tokens, f"{counts.because}, the stream gave no usage")
+def _add_parts(result: Result, counts: TokenCounts) -> None:
+    result.put("corpora_tokens", counts.corpora)
+    for name, count in counts.corpora.items():
+        result.row(f"Corpus {name!r}", count, indent=2)
+    if counts.corpora or counts.template is not None:
+        result.row("Query", counts.query, indent=2)
+    result.put("query_tokens", counts.query)
+    if isinstance(counts.template, Unknown):
+        result.unknown("Chat template", counts.template.because, key="template_tokens", indent=2)
+    elif counts.template is not None:
+        result.row("Chat template", counts.template, key="template_tokens", indent=2)
+
+
+def _add_unknown_parts(result: Result, counts: UnknownCounts) -> None:
     result.put("corpora_tokens", dict.fromkeys(counts.corpora))
     result.put("query_tokens", None)
     for name in counts.corpora:
