@@ -44,7 +44,7 @@ OPS = (*REQUESTS, "invalid")
 FAILURE_REASONS = tuple(reason.value for reason in FailureReason)
 # Has the server's tiers as values, known when `Metrics` is made; without L2 there is no series.
 TIER = "tier"
-L2_OPERATIONS = ("find", "read", "write", "probe", "usage", "delete", "clear")
+L2_OPERATIONS = ("find", "read", "write", "probe", "usage", "touch", "delete", "clear")
 L2_FAILURE_REASONS = (
     "unreachable",
     "timeout",

@@ -542,6 +542,8 @@ class CacheService:
         if slots and client is not None:
             self.storage.l1.touch(slots)
             self.storage.l1.pin(slots)
+            if self.tiers is not None:
+                self.tiers.note_used(keys[: l1_chunks * KEY_BYTES], request.world_size)
             if request.places and client.presence is not None and len(slots) <= MAX_PLACES:
                 reply.placements = [self.storage.l1.placement(slot) for slot in slots]
             pins = LookupPins([*slots], request.world_size)

@@ -134,6 +134,11 @@ class Tiers:
         begin = self._promoter.begin if promotes else self._promoter.begin_query
         return begin(keys, world_size, l1_slots, seconds, done)
 
+    def note_used(self, keys: bytes, world_size: int) -> None:
+        """An engine asked for a prompt, and L1 has these chunks of it now: they are in use in the tiers as well."""
+        for tier in self._tiers:
+            tier.note_used(keys, world_size)
+
     # -- removing -----------------------------------------------------------------------------------------------------
 
     def delete(self, keys: bytes, ranks: Iterable[int]) -> None:

@@ -14,7 +14,7 @@ from lmcache.storage.tiers import NamedAdapter, Tiers
 from tests.fakes import FakeTier
 from tests.pools import content, keys, wait_until
 from tests.server.harness import CHUNK_SIZE, ServiceHarness, service_in
-from tests.storage.tiered import put_value
+from tests.storage.tiered import name_of, put_value
 
 
 class Tiered:
@@ -211,6 +211,26 @@ def test_a_forged_rank_makes_no_eviction_long(tiered: Tiered):
         client.store(3, rank=rank)
     assert tiered.harness.code_of(Evict(), [keys(*range(16384))]) == "bad_field"
     tiered.until_answered(tiered.harness.send(Clear()))
+
+
+@pytest.mark.parametrize("is_evicting", [True, False])
+def test_what_a_lookup_finds_in_l1_is_used_in_a_tier_that_evicts_with_its_end_first(tiered: Tiered, monkeypatch, is_evicting):
+    """Else the beginnings of prompts, which L1 answers, are the oldest in the tier, go first, and the rest is worthless."""
+    touched = []
+    monkeypatch.setattr(FakeTier, "is_evicting", is_evicting)
+    monkeypatch.setattr(tiered.fake, "touch", touched.extend)
+    client = tiered.harness.client()
+    client.store(0, 1)
+    put_value(tiered.fake, 2)
+    for numbers, expected in (((0, 1, 9), [1, 0]), ((0, 1, 2, 9), [2, 1, 0])):
+        touched.clear()
+        tiered.until_answered(tiered.look_up(client.id, *numbers))
+        tiered.until_answered(tiered.look_up(None, *numbers))
+        wait_until(lambda: (tiered.tiers.tick(), not tiered.tiers.num_moving)[1], "an idle tier")
+        if is_evicting:
+            wait_until(lambda: touched == [name_of(number) for number in expected], "it is touched")  # noqa: B023
+        assert touched == [name_of(number) for number in expected] * is_evicting
+    tiered.harness.call(EndSession(request_id="r"))
 
 
 def test_a_stored_chunk_reaches_the_tier_as_it_was_stored(tiered: Tiered):

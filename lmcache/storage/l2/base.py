@@ -58,6 +58,9 @@ class L2Adapter(ABC):
     takes as long as the kernel does. Threads: any, several at once.
     """
 
+    is_evicting = False
+    """Whether it decides itself what goes, by last use: then it is told of uses that it does not see."""
+
     @abstractmethod
     def put(self, key: str, parts: Parts) -> None:
         """Keep the concatenated parts under `key`; on return a `get` elsewhere finds all of it, after an error all or nothing.
@@ -89,6 +92,12 @@ class L2Adapter(ABC):
     @abstractmethod
     def clear(self) -> int:
         """Remove every value that adapters with this configuration have put; return how many there were.
+
+        Raises: L2Error.
+        """
+
+    def touch(self, keys: Sequence[str]) -> None:  # noqa: B027 - most leave eviction to their back end
+        """Note a use of values, the last one as the latest. Only asked where it `is_evicting`.
 
         Raises: L2Error.
         """

@@ -45,6 +45,8 @@ PAGE_BYTES = 4096
 RESCAN_SECONDS = 60.0
 # How much older than now a last use on disk may be: each noting of it is a write of metadata.
 USE_GRAIN_SECONDS = 60.0
+# Between the uses of one touch, so that their order is kept where only the times are.
+TOUCH_STEP_SECONDS = 1e-6
 DEFAULT_SHARE_OF_FREE = 0.8
 
 _REASONS = {
@@ -72,6 +74,8 @@ class _Entry(msgspec.Struct):
 
 class FsAdapter(L2Adapter):
     """One folder."""
+
+    is_evicting = True
 
     def __init__(self, spec: AdapterSpec) -> None:
         assert isinstance(spec.settings, FsSettings)
@@ -140,6 +144,23 @@ class FsAdapter(L2Adapter):
         """See the contract."""
         with _as_l2_error("look up", self._root):
             return [self._length(key) for key in keys]
+
+    def touch(self, keys: Sequence[str]) -> None:
+        """See the contract: at once in the index, and on disk, for other servers and the next start, when that is due."""
+        now = time.time()
+        due: list[tuple[str, float]] = []
+        with self._mutex:
+            for number, key in enumerate(keys):
+                entry = self._index.get(key)
+                if entry is not None:
+                    used_at = now + number * TOUCH_STEP_SECONDS
+                    if used_at - entry.used_at > USE_GRAIN_SECONDS:
+                        due.append((key, used_at))
+                    entry.used_at = used_at
+                    self._index.move_to_end(key)
+        for key, used_at in due:
+            with contextlib.suppress(OSError):  # gone, read-only, or another user's
+                os.utime(self._path(key), (used_at, used_at))
 
     def delete(self, keys: Sequence[str]) -> int:
         """See the contract."""

@@ -14,6 +14,7 @@ from enum import Enum
 
 import msgspec
 
+from lmcache.keys import split_keys
 from lmcache.storage.l2.base import L2Adapter, L2Error, Reason, Usage
 from lmcache.storage.l2.value import HEADER_BYTES, ValueHeader, check_value, unpack_header, value_checksum, value_key
 
@@ -211,6 +212,22 @@ class UsageJob(Job):
 
     def _run(self, adapter: L2Adapter, header: memoryview) -> None:
         self.usage = adapter.usage()
+
+
+class TouchJob(Job):
+    """A prompt was found in L1: what the tier has of it was used, its beginning last, so that its end is evicted first."""
+
+    operation = "touch"
+    is_write = False
+
+    def __init__(self, keys: bytes, world_size: int, done: Callable[[], None]) -> None:
+        super().__init__(done)
+        self.keys = keys
+        self.world_size = world_size
+
+    def _run(self, adapter: L2Adapter, header: memoryview) -> None:
+        ranks = range(self.world_size)
+        adapter.touch([value_key(key, rank) for key in reversed(split_keys(self.keys)) for rank in ranks])
 
 
 class DeleteJob(Job):

@@ -16,12 +16,24 @@ from lmcache.log import RateLimitedLog, init_logger
 from lmcache.metrics import L2_FAILURE_REASONS, Metrics
 from lmcache.storage.l2.base import L2Adapter, Usage
 from lmcache.storage.l2.breaker import Breaker
-from lmcache.storage.l2.jobs import VALUE_CODES, FindJob, Job, Outcome, ProbeJob, ReadJob, UsageJob, WriteJob
+from lmcache.storage.l2.jobs import (
+    VALUE_CODES,
+    FindJob,
+    Job,
+    Outcome,
+    ProbeJob,
+    ReadJob,
+    TouchJob,
+    UsageJob,
+    WriteJob,
+)
 from lmcache.storage.l2.workers import Completions, Workers
 
 logger = init_logger(__name__)
 
 USAGE_SECONDS = 10.0
+# Uses that wait to be noted, a lookup each; more than that are not noted: the next lookup of a prompt notes it again.
+MAX_TOUCHES = 16
 # Writes have time, an engine that copies has not. Where all cores are busy, L1 keeps 0.95 to 0.97 of its speed beside writes of
 # 1 GB/s, at 0 it keeps 0.7 (2 cores, benchmarks/l2_beside_l1.py). The owner waits longer for the interpreter when such a thread
 # is put aside while holding it: the 99th percentile of a NOOP is then 6 to 19 ms, at niceness 0 it is 8.
@@ -98,6 +110,7 @@ class Tier:
         self._in_flight_bytes = {"read": 0, "write": 0}
         self._usage_at = 0.0
         self._is_asking_usage = False
+        self._num_touches = 0
         self._last_error = ""
 
     # -- work ---------------------------------------------------------------------------------------------------------
@@ -123,6 +136,15 @@ class Tier:
 
         job.done = finish
         (self._writers if job.is_write else self._readers).submit(job)
+
+    def note_used(self, keys: bytes, world_size: int) -> None:
+        """L1 had these chunks of a prompt when an engine asked."""
+        if self._adapter.is_evicting and self.reads.is_closed and self._num_touches < MAX_TOUCHES:
+            self._num_touches += 1
+            self.submit(TouchJob(keys, world_size, self._note_touched))
+
+    def _note_touched(self) -> None:
+        self._num_touches -= 1
 
     def fail(self, operation: str, code: str, message: str, breaker: Breaker | None) -> None:
         """Count a failure; to the engine it is a miss."""

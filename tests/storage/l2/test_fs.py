@@ -53,6 +53,29 @@ def test_the_least_recently_used_value_goes_first(tmp_path, make):
     assert (usage.used_bytes, usage.capacity_bytes, usage.objects) == (4 * MIB, 4 * MIB, 4)
 
 
+def test_what_is_touched_stays_and_the_last_one_longest(tmp_path, make):
+    adapter = make(url(tmp_path, mib=4))
+    for key in "abcd":
+        put(adapter, key)
+    adapter.touch(["b", "nothing", "a"])
+    for key in "efg":
+        put(adapter, key)
+    assert adapter.lengths(list("abcdefg")) == [MIB, None, None, None, MIB, MIB, MIB]
+
+
+def test_a_touch_is_noted_on_disk_when_the_last_one_is_old(tmp_path, make):
+    put(make(url(tmp_path, mib=4)), "a")
+    put(make(url(tmp_path, mib=4)), "b")
+    age(tmp_path, "a", 1000)
+    age(tmp_path, "b", 500)
+    first = make(url(tmp_path, mib=4))
+    first.usage()
+    first.touch(["a"])
+    second = make(url(tmp_path, mib=2))
+    put(second, "c")
+    assert second.lengths(["a", "b", "c"]) == [MIB, None, MIB]
+
+
 def test_the_order_of_last_uses_outlives_the_server(tmp_path, make):
     first = make(url(tmp_path, mib=4))
     for key in "abcd":
