@@ -158,8 +158,9 @@ class FakeTier(L2Adapter):
     def _enter(self, name: str) -> None:
         with self._mutex:
             self.calls.append(name)
-            self.num_waiting += name in self.held and not self.hold.is_set()
-        if name in self.held:
+            is_held = name in self.held
+            self.num_waiting += is_held and not self.hold.is_set()
+        if is_held:
             assert self.hold.wait(STOP_SECONDS)
         if name in self.errors:
             raise L2Error(f"fake {name} failed", code=self.errors[name])

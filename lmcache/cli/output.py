@@ -5,6 +5,7 @@ Comes in: a `Result` that a command filled once. Goes out: stdout or a file, and
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from lmcache.errors import LMCacheError
 
 SCHEMA_VERSION = 1
+# Nothing can be made beside the file, or its name cannot be given to another: then it is written where it is.
+NO_DRAFT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EEXIST)
+NO_RENAME = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV)
 
 
 class Row:
@@ -260,8 +264,10 @@ def _write_by_rename(target: str, text: str) -> bool:
     draft = f"{target}.{os.getpid()}.tmp"
     try:
         file = open(draft, "x", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - closed below
-    except OSError:
-        return False
+    except OSError as exc:
+        if exc.errno in NO_DRAFT:
+            return False
+        raise
     try:
         with file:
             file.write(text)
@@ -274,8 +280,10 @@ def _write_by_rename(target: str, text: str) -> bool:
 def _is_renamed(draft: str, target: str) -> bool:
     try:
         os.replace(draft, target)
-    except OSError:
-        return False
+    except OSError as exc:
+        if exc.errno in NO_RENAME:
+            return False
+        raise
     return True
 
 

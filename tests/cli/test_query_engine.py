@@ -288,25 +288,25 @@ def test_an_engine_that_falls_silent_is_exit_code_3_within_the_timeout(lines):
 
 
 def test_comments_that_keep_the_connection_alive_are_no_tokens():
-    script = streams(*[": ping"] * 100, pause=0.05)
-    assert "no token from" in answered_with(script, "--timeout", "0.5", code=3)
+    script = streams(*[": ping"] * 200, pause=0.05)
+    assert "no token from" in answered_with(script, "--timeout", "3", code=3)
 
 
 @pytest.mark.parametrize("line", [event(), event(choices=[])])
 def test_documents_without_a_token_are_no_tokens_either(line):
-    script = streams(piece("One"), *[line] * 100, pause=0.05)
-    assert "no token from" in answered_with(script, "--timeout", "0.5", code=3)
+    script = streams(piece("One"), *[line] * 200, pause=0.05)
+    assert "no token from" in answered_with(script, "--timeout", "3", code=3)
 
 
 def test_a_line_that_comes_a_byte_at_a_time_runs_into_the_deadline():
     def script(handler):
         handler.start_stream()
         with contextlib.suppress(OSError):  # the client has gone
-            for _ in range(100):
+            for _ in range(200):
                 handler.wfile.write(b"1\r\nd\r\n")
                 time.sleep(0.05)
 
-    assert "no token from" in answered_with(script, "--timeout", "0.5", code=3)
+    assert "no token from" in answered_with(script, "--timeout", "3", code=3)
 
 
 @pytest.mark.parametrize("line", ["data: {broken", "data: [1]", "<html>", '{"choices": []}', "data: \x00"])

@@ -217,11 +217,30 @@ def test_a_tier_that_is_busy_for_others_has_not_failed(tmp_path: Path, hangs_at:
     with tiered_in(tmp_path) as tiered:
         put_value(tiered.fake, 0)
         tiered.fake.stop(hangs_at)
-        assert tiered.begin(0, seconds=0.2)
+        assert tiered.begin(0)
         tiered.until(lambda: tiered.fake.num_waiting)
         tiered.tier.last_progress_at["find" if hangs_at == "lengths" else "read"] = time.monotonic()
+        [promotion] = tiered.tiers._promoter._promotions
+        promotion.deadline = 0.0
         tiered.until(lambda: tiered.found)
         assert tiered.value("failures", "find", "deadline") == tiered.value("failures", "read", "deadline") == 0
+
+
+def test_a_tier_that_always_answers_too_late_has_failed(tmp_path: Path):
+    """One lookup after the other would wait in vain."""
+    with tiered_in(tmp_path) as tiered:
+        put_value(tiered.fake, 0)
+        for number in range(MAX_FAILURES):
+            tiered.fake.stop("lengths")
+            assert tiered.begin(0)
+            tiered.until(lambda: tiered.fake.num_waiting > number)  # noqa: B023
+            [promotion] = [one for one in tiered.tiers._promoter._promotions if not one.is_answered]
+            promotion.deadline = 0.0
+            tiered.until(lambda: len(tiered.found) > number)  # noqa: B023
+            tiered.fake.go()
+            tiered.until(lambda: not tiered.tiers.num_moving)
+        assert not tiered.begin(0)
+        assert tiered.value("failures", "find", "deadline") == MAX_FAILURES
 
 
 def test_a_read_error_is_a_miss_of_what_follows(tmp_path: Path):

@@ -143,6 +143,9 @@ def test_after_a_clear_of_the_tiers_nothing_counts_as_written(tmp_path: Path):
         tiered.tiers._ahead.offer_all()
         tiered.settle()
         assert len(tiered.fake.values) == 6
+        tiered.tiers.stop_moving()
+        tiered.manager.remove(Selection(), RemovalReason.CLEAR, dry_run=False)
+        assert tiered.value("dropped_chunks", "removed") == 0  # all are in the tier
 
 
 def test_removal_on_request_takes_chunks_out_of_the_queue(tmp_path: Path):

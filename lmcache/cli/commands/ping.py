@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lmcache.cli.output import Result
 
 RETRY_SECONDS = 0.2
+# The last try may go on for so long beyond --wait: a busy server needs some time, too.
+LAST_TRY_SECONDS = 2.0
 
 
 def register_command(subparsers: Any) -> None:
@@ -109,7 +111,7 @@ def until_ok(ping: Callable[[float], Ping], args: Namespace) -> Ping:
     while True:
         left = give_up_at - time.monotonic()
         try:
-            found = ping(min(args.timeout, max(left, RETRY_SECONDS)) if args.wait else args.timeout)
+            found = ping(min(args.timeout, max(left, LAST_TRY_SECONDS)) if args.wait else args.timeout)
             if not found.problems or left <= RETRY_SECONDS:
                 return found
         except LMCacheError as exc:

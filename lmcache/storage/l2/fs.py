@@ -66,10 +66,11 @@ _REASONS = {
 
 
 class _Entry(msgspec.Struct):
-    """One value in the index: the bytes it takes on disk, and the time of its last use."""
+    """One value in the index: the bytes it takes on disk, and the time of its last use, also as it is noted on disk."""
 
     size: int
     used_at: float
+    noted_at: float
 
 
 class FsAdapter(L2Adapter):
@@ -110,7 +111,7 @@ class FsAdapter(L2Adapter):
                     if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._evict(2 * _on_disk(length)):
                         raise
                     self._write(key, parts, length)
-            self._note(key, _on_disk(length))
+            self._note(key, _on_disk(length), time.time())
 
     def get(self, key: str, parts: Parts) -> bool:
         """See the contract."""
@@ -123,8 +124,9 @@ class FsAdapter(L2Adapter):
                 found = os.fstat(fd)
                 check_length(key, found.st_size, sum(part.nbytes for part in parts))
                 check_length(key, self._read(key, fd, parts), found.st_size)
-                self._note(key, _on_disk(found.st_size))
-                if time.time() - found.st_mtime > USE_GRAIN_SECONDS:
+                is_due = time.time() - found.st_mtime > USE_GRAIN_SECONDS
+                self._note(key, _on_disk(found.st_size), time.time() if is_due else found.st_mtime)
+                if is_due:
                     with contextlib.suppress(OSError):  # read-only, or another user's: it then ages as if unused
                         os.utime(fd)
             finally:
@@ -154,8 +156,9 @@ class FsAdapter(L2Adapter):
                 entry = self._index.get(key)
                 if entry is not None:
                     used_at = now + number * TOUCH_STEP_SECONDS
-                    if used_at - entry.used_at > USE_GRAIN_SECONDS:
+                    if used_at - entry.noted_at > USE_GRAIN_SECONDS:
                         due.append((key, used_at))
+                        entry.noted_at = used_at
                     entry.used_at = used_at
                     self._index.move_to_end(key)
         for key, used_at in due:
@@ -266,12 +269,12 @@ class FsAdapter(L2Adapter):
 
     # -- the index ---------------------------------------------------------------------------------
 
-    def _note(self, key: str, size: int) -> None:
-        """Make a value the most recently used."""
+    def _note(self, key: str, size: int, noted_at: float) -> None:
+        """Make a value the most recently used; the file has `noted_at`."""
         with self._mutex:
             entry = self._index.pop(key, None)
             self._used += size - (entry.size if entry else 0)
-            self._index[key] = _Entry(size, time.time())
+            self._index[key] = _Entry(size, time.time(), noted_at)
 
     @contextlib.contextmanager
     def _reservation(self, size: int) -> Iterator[None]:
@@ -302,7 +305,7 @@ class FsAdapter(L2Adapter):
                 if used_at > entry.used_at + USE_GRAIN_SECONDS:  # another server uses it
                     with self._mutex:
                         if key not in self._index:
-                            self._index[key] = _Entry(entry.size, used_at)
+                            self._index[key] = _Entry(entry.size, used_at, used_at)
                             self._used += entry.size
                     continue
             _unlink(self._path(key))
@@ -322,7 +325,7 @@ class FsAdapter(L2Adapter):
             if is_first_of_default:  # what other threads write meanwhile needs a bound too
                 disk = os.statvfs(self._root)
                 self._capacity = int(disk.f_bavail * disk.f_frsize * DEFAULT_SHARE_OF_FREE)
-            found = {key: _Entry(_on_disk(state.st_size), state.st_mtime) for key, state in self._files()}
+            found = {key: _Entry(_on_disk(state.st_size), state.st_mtime, state.st_mtime) for key, state in self._files()}
             with self._mutex:
                 self._merge(found, began_at)
                 self._capacity += self._used if is_first_of_default else 0

@@ -218,7 +218,6 @@ class TouchJob(Job):
     """A prompt was found in L1: what the tier has of it was used, its beginning last, so that its end is evicted first."""
 
     operation = "touch"
-    is_write = False
 
     def __init__(self, keys: bytes, world_size: int, done: Callable[[], None]) -> None:
         super().__init__(done)

@@ -33,7 +33,7 @@ logger = init_logger(__name__)
 
 USAGE_SECONDS = 10.0
 # Uses that wait to be noted, a lookup each; more than that are not noted: the next lookup of a prompt notes it again.
-MAX_TOUCHES = 16
+MAX_TOUCHES = 4
 # Writes have time, an engine that copies has not. Where all cores are busy, L1 keeps 0.95 to 0.97 of its speed beside writes of
 # 1 GB/s, at 0 it keeps 0.7 (2 cores, benchmarks/l2_beside_l1.py). The owner waits longer for the interpreter when such a thread
 # is put aside while holding it: the 99th percentile of a NOOP is then 6 to 19 ms, at niceness 0 it is 8.
@@ -174,8 +174,12 @@ class Tier:
             self._metrics.observe("lmcache_l2_duration_seconds", self.name, job.operation, value=job.seconds)
         if isinstance(job, (ReadJob, WriteJob)):
             self._finish_transfers(job)
-        if isinstance(job, (FindJob, ReadJob)) and job.has_done_something:
+        if isinstance(job, (FindJob, ReadJob)) and self._is_progress(job):
             self.last_progress_at[job.operation] = time.monotonic()
+
+    def _is_progress(self, job: FindJob | ReadJob) -> bool:
+        """Whether the job was of use to anybody: a find that came too late was not, a read fills L1 all the same."""
+        return job.has_done_something and not (isinstance(job, FindJob) and job.is_cancelled)
 
     def _breaker_of(self, job: Job) -> Breaker | None:
         if job.operation in ("find", "read"):

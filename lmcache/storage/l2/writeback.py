@@ -182,6 +182,7 @@ class WriteAhead:
         self._start_pages = start_pages
         self._ahead_pages = max(1, ahead_pages)
         self._offered: set[int] = set()
+        self._offered_before: set[int] = set()  # a clear: they were counted, and are to be written again
 
     def note_stored(self, slots: Iterable[int]) -> None:
         """These chunks came from a tier: they need not be written."""
@@ -189,14 +190,15 @@ class WriteAhead:
 
     def start_over(self) -> None:
         """The tiers were cleared, or what was queued was dropped: nothing counts as written any more."""
+        self._offered_before |= self._offered
         self._offered.clear()
 
     def forget(self, slot: int) -> bool:
         """A chunk goes from L1; False when it had never been offered."""
-        if slot in self._offered:
-            self._offered.discard(slot)
-            return True
-        return False
+        was_offered = slot in self._offered or slot in self._offered_before
+        self._offered.discard(slot)
+        self._offered_before.discard(slot)
+        return was_offered
 
     def offer_all(self) -> None:
         """Offer everything, what was used last and the beginnings of prompts first: there will be no L1."""

@@ -76,6 +76,21 @@ def test_a_touch_is_noted_on_disk_when_the_last_one_is_old(tmp_path, make):
     assert second.lengths(["a", "b", "c"]) == [MIB, None, MIB]
 
 
+def test_what_is_touched_all_the_time_is_noted_on_disk_now_and_then(tmp_path, make, monkeypatch):
+    clock = time.time()
+    monkeypatch.setattr(fs_module.time, "time", lambda: clock)
+    adapter = make(url(tmp_path, mib=4))
+    put(adapter, "a")
+    [path] = tmp_path.rglob("a.kv")
+    noted = set()
+    for _ in range(12):
+        clock += fs_module.USE_GRAIN_SECONDS * 0.8
+        adapter.touch(["a"])
+        noted.add(path.stat().st_mtime)
+    assert len(noted) in (6, 7)
+    assert clock - path.stat().st_mtime <= fs_module.USE_GRAIN_SECONDS
+
+
 def test_the_order_of_last_uses_outlives_the_server(tmp_path, make):
     first = make(url(tmp_path, mib=4))
     for key in "abcd":
