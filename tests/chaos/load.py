@@ -19,7 +19,7 @@ from typing import Any
 
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import LMCacheError, StaleReadError
-from lmcache.protocol import EndSession, Evict, StoreOutcome
+from lmcache.protocol import Evict, StoreOutcome
 from tests.chaos.content import chunk_key, chunk_keys, content
 from tests.fakes import PATIENCE_SECONDS
 
@@ -161,7 +161,7 @@ class _Worker:
 
     def _unpin(self, indices: list[int], request_id: str) -> None:
         """The pins go before the copy, so that the chunks can be evicted under it: `verify` must notice."""
-        self._client.mq.call(EndSession(request_id=request_id))
+        self._client.end_session(request_id)  # given back, not taken: nothing is kept for a while
         self.counts["unpinned reads"] += 1
         self._nap(indices, request_id)
 

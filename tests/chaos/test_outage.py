@@ -12,7 +12,7 @@ from lmcache.errors import StaleReadError, UnreachableError
 from lmcache.keys import Namespace
 from lmcache.layout import KVLayout
 from lmcache.pool import CLIENT_SUFFIX, is_client_alive
-from lmcache.protocol import EndSession, Evict, StoreOutcome
+from lmcache.protocol import Evict, StoreOutcome
 from tests.chaos.content import PAGE, chunk_key, chunk_keys, content
 from tests.chaos.waiting import wait_until
 from tests.fakes import PATIENCE_SECONDS
@@ -212,7 +212,7 @@ def test_a_chunk_that_was_replaced_during_the_read_is_stale_not_damaged(server):
     with KVCacheClient(server.zmq_url) as client:
         client.store(chunk_key(0), [content(chunk_key(0), PAGE)], with_checksums=True)
         with client.pin(chunk_key(0), "request") as pinned:
-            client.mq.call(EndSession(request_id="request"))
+            client.end_session("request")
             client.mq.call(Evict(), [chunk_key(0)])
             client.store(chunk_key(1), [content(chunk_key(1), PAGE)])
             with pytest.raises(StaleReadError):
