@@ -92,7 +92,7 @@ def test_pinned_chunks_are_kept_and_said(cli: Cli, engine: KVCacheClient, keys: 
     with engine.pin(keys[: 3 * 32]):
         document = cli.json("kvcache", "clear", "-y")
         assert (document["objects"], document["kept_objects"], document["kept_bytes"]) == (5, 3, 3 * CHUNK_BYTES)
-        document = cli.json("kvcache", "clear", "-y", "--force", "--timeout", "3", code=1)
+        document = cli.json("kvcache", "clear", "-y", "--force", "--timeout", "15", code=1)
         assert document["kept_objects"] == 3
         assert document["error"]["message"] == "3 objects are still pinned"
     assert cli.json("kvcache", "clear", "-y", "--force")["objects"] == 3
