@@ -407,10 +407,10 @@ def remove_client_file(path: Path) -> None:
         path.unlink()
 
 
-def is_client_alive(path: Path, if_unknown: bool = True) -> bool:
+def is_client_alive(path: Path) -> bool:
     """Tell whether a live process holds the presence file: the kernel's answer, in any PID namespace.
 
-    A file that is there and cannot be opened (no descriptor left, another user's) answers `if_unknown`: to take a live
+    So it is taken to be where the file is there and cannot be opened (no descriptor left, another user's): to take a live
     client for a dead one would give away memory that it still writes.
     """
     try:
@@ -418,7 +418,7 @@ def is_client_alive(path: Path, if_unknown: bool = True) -> bool:
     except FileNotFoundError:
         return False
     except OSError:
-        return if_unknown
+        return True
     try:
         return watch.is_alive
     finally:

@@ -27,7 +27,7 @@ from lmcache.server.args import ServerConfig, add_arguments, config_from_args
 from lmcache.server.http_frontend import HttpFrontend
 from lmcache.server.service import CacheService, Endpoints
 from lmcache.server.sessions import Sessions
-from lmcache.server.zmq_frontend import ZmqFrontend
+from lmcache.server.zmq_frontend import OWNER_DEADLINE_SECONDS, ZmqFrontend
 from lmcache.storage import sizing
 from lmcache.storage.l2.spec import make_adapter
 from lmcache.storage.l2.tier import TierConfig
@@ -38,8 +38,6 @@ logger = init_logger(__name__)
 
 # What malloc may keep for the next inline messages.
 KEPT_BYTES = 128 << 20
-# How long a scrape waits for the owner thread.
-OWNER_DEADLINE_SECONDS = 2.0
 
 
 class RunningServer:

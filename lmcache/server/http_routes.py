@@ -22,11 +22,9 @@ from lmcache.log import RateLimitedLog, init_logger
 from lmcache.metrics import Metrics
 from lmcache.protocol import Clear, ClearTier, Noop, Reply, Status
 from lmcache.protocol import Request as OwnerRequest
-from lmcache.server.zmq_frontend import ZmqFrontend
+from lmcache.server.zmq_frontend import OWNER_DEADLINE_SECONDS, ZmqFrontend
 
 logger = init_logger(__name__)
-
-OWNER_DEADLINE_SECONDS = 2.0
 
 R = TypeVar("R", bound=Reply)
 

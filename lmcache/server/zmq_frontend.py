@@ -43,6 +43,8 @@ MAX_UNSENT_GETS = 64
 HANDSHAKE_TIMEOUT_MS = 5000
 # libzmq tells nobody when it has sent a frame: while chunks are on their way, look this often whether they can be unpinned.
 UNSENT_POLL_MS = 2
+# How long the HTTP sides wait for the owner thread.
+OWNER_DEADLINE_SECONDS = 2.0
 
 
 class ZmqFrontend:

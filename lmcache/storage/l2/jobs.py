@@ -97,8 +97,8 @@ class FindJob(Job):
 
     @property
     def has_done_something(self) -> bool:
-        """Whether the tier has told of any value; any thread."""
-        return bool(self.chunk_lengths)
+        """Whether the tier has told of any value while somebody waits for it; any thread."""
+        return bool(self.chunk_lengths) and not self.is_cancelled
 
     def _run(self, adapter: L2Adapter, header: memoryview) -> None:
         for start in range(0, len(self.names), MAX_KEYS_PER_CALL):
@@ -124,7 +124,7 @@ class ReadJob(Job):
 
     @property
     def has_done_something(self) -> bool:
-        """Whether the tier has delivered any value; any thread."""
+        """Whether the tier has delivered any value, which fills L1 also when it comes late; any thread."""
         return any(transfer.outcome is Outcome.DONE for transfer in self.transfers)
 
     def _run(self, adapter: L2Adapter, header: memoryview) -> None:

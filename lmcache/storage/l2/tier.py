@@ -174,12 +174,8 @@ class Tier:
             self._metrics.observe("lmcache_l2_duration_seconds", self.name, job.operation, value=job.seconds)
         if isinstance(job, (ReadJob, WriteJob)):
             self._finish_transfers(job)
-        if isinstance(job, (FindJob, ReadJob)) and self._is_progress(job):
+        if isinstance(job, (FindJob, ReadJob)) and job.has_done_something:
             self.last_progress_at[job.operation] = time.monotonic()
-
-    def _is_progress(self, job: FindJob | ReadJob) -> bool:
-        """Whether the job was of use to anybody: a find that came too late was not, a read fills L1 all the same."""
-        return job.has_done_something and not (isinstance(job, FindJob) and job.is_cancelled)
 
     def _breaker_of(self, job: Job) -> Breaker | None:
         if job.operation in ("find", "read"):
