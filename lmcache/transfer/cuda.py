@@ -52,8 +52,8 @@ SPIN_SECONDS = 0.1
 POLL_SECONDS = 100e-6
 # Beside an engine: each look costs the engine's own thread the GIL.
 CALM_POLL_SECONDS = 1e-3
-# At a load's end the kernel works when the wire has nothing left to do. So its last piece is cut if it is as long as this: the
-# kernel takes 27 µs for 32 MiB (H100).
+# When a store begins and when a load ends, the kernel works while the wire has nothing to do. So that piece is cut if it is as
+# long as this: the kernel takes 27 µs for 32 MiB (H100).
 MIN_CUT_BYTES = 16 << 20
 MIN_BLOCK_IDS = 4096
 SLOT_ALIGNMENT = 512
@@ -105,6 +105,15 @@ class Piece:
         """Which of the transfer's block ids."""
         first, last = self.chunks.start * blocks_per_chunk, (self.chunks.stop - 1) * blocks_per_chunk
         return range(first + self.blocks.start, last + self.blocks.stop)
+
+    def cut(self, quarters: int) -> tuple[Piece, ...]:
+        """Return it in two, the first about so many quarters of it; whole where it cannot be cut."""
+        for name in ("chunks", "planes", "blocks"):
+            whole: range = getattr(self, name)
+            if len(whole) > 1:
+                at = whole.start + min(len(whole) - 1, max(1, len(whole) * quarters // 4))
+                return tuple(replace(self, **{name: part}) for part in (range(whole.start, at), range(at, whole.stop)))
+        return (self,)
 
 
 class Slot:
@@ -268,6 +277,7 @@ class CudaCopier(ChunkCopier):
         self._stores = Lane(self._device, NUM_SLOTS * slot_bytes)
         self._loads = Lane(self._device, NUM_SLOTS * slot_bytes)
         self._slot_bytes = slot_bytes
+        self._min_cut_blocks = MIN_CUT_BYTES // layout.block_bytes
         self._reading = threading.Lock()
         self._have_read = torch.cuda.Event()
         # The pool's mapping; unpinned until somebody says otherwise.
@@ -344,16 +354,19 @@ class CudaCopier(ChunkCopier):
             # Such a copy blocks in the driver until it is done: not also until the step is.
             wait_for(after, TRANSFER_SECONDS, is_calm=True)
         slots: Iterator[Slot]
+        found: Iterator[Piece]
         if is_beside_engine:
             # One stream for both leaves the copy engine free for 50 µs between two copies, which a sampled token's own copy
             # needs: behind a queue that never runs dry it came 13 ms late at 8k tokens, with pieces of 2 MiB as well (H100).
-            copies, slots, slot_bytes = lane.kernels, lane.whole, NUM_SLOTS * self._slot_bytes
+            copies, slots = lane.kernels, lane.whole
+            found = self._pieces(len(extents), size, NUM_SLOTS * self._slot_bytes)
         else:
-            copies, slots, slot_bytes = lane.copies, lane.slots, self._slot_bytes
+            copies, slots = lane.copies, lane.slots
+            found = cut_first(self._pieces(len(extents), size, self._slot_bytes), self._min_cut_blocks)
         try:
             lane.kernels.wait_event(after)
             ids = lane.ids_for(transfer, len(block_ids)).upload(block_ids, self._driver, lane.kernels)
-            for piece, slot in zip(self._pieces(len(extents), size, slot_bytes), slots):  # noqa: B905 - slots never end
+            for piece, slot in zip(found, slots):  # noqa: B905 - slots never end
                 lane.kernels.wait_event(slot.is_free)
                 with self._reading:
                     if is_cancelled():
@@ -414,7 +427,7 @@ class CudaCopier(ChunkCopier):
     ) -> None:
         lane, ids = self._loads, None
         starts = [address_of(extent) for extent in extents]
-        found = cut_last(self._pieces(len(extents), size, self._slot_bytes), MIN_CUT_BYTES // self.layout.block_bytes)
+        found = cut_last(self._pieces(len(extents), size, self._slot_bytes), self._min_cut_blocks)
         bytes_left = len(extents) * size * self.layout.bytes_per_block
         transfer.begin(bytes_left)
         for piece, slot in zip(found, lane.slots):  # noqa: B905 - slots never end
@@ -504,20 +517,20 @@ def pieces(num_chunks: int, blocks_per_chunk: int, num_planes: int, blocks_per_s
                 yield Piece(range(chunk, chunk + 1), planes, blocks)
 
 
+def cut_first(found: Iterator[Piece], min_blocks: int) -> Iterator[Piece]:
+    """Yield pieces, the first one in two if it has `min_blocks`: about a quarter of it comes first."""
+    first = next(found)
+    yield from first.cut(1) if first.num_blocks >= min_blocks else (first,)
+    yield from found
+
+
 def cut_last(found: Iterator[Piece], min_blocks: int) -> Iterator[Piece]:
     """Yield pieces, the last one in two if it has `min_blocks`: about a quarter of it comes last."""
     last = next(found)
     for piece in found:
         yield last
         last = piece
-    for name in ("chunks", "planes", "blocks") if last.num_blocks >= min_blocks else ():
-        whole: range = getattr(last, name)
-        if len(whole) > 1:
-            at = whole.stop - -(-len(whole) // 4)
-            yield replace(last, **{name: range(whole.start, at)})
-            last = replace(last, **{name: range(at, whole.stop)})
-            break
-    yield last
+    yield from last.cut(3) if last.num_blocks >= min_blocks else (last,)
 
 
 def runs(starts: Sequence[int], length: int) -> Iterator[tuple[int, int]]:

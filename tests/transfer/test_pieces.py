@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="needs torch: make setup-vllm")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from lmcache.transfer.cuda import cut_last, pieces, runs  # noqa: E402
+from lmcache.transfer.cuda import cut_first, cut_last, pieces, runs  # noqa: E402
 from lmcache.transfer.driver import CudaError  # noqa: E402
 from lmcache.transfer.pinning import PoolPinner, address_of  # noqa: E402
 
@@ -30,7 +30,7 @@ def test_pieces_fit_a_slot_and_cover_each_block_of_each_plane_once_in_order(chun
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 200), st.integers(0, 100))
-def test_the_last_piece_is_cut_in_two_that_follow_each_other(chunks, size, planes, per_slot, min_blocks):
+def test_the_first_or_the_last_piece_is_cut_in_two_that_follow_each_other(chunks, size, planes, per_slot, min_blocks):
     def blocks(found):
         return [
             (chunk, plane, block)
@@ -41,14 +41,16 @@ def test_the_last_piece_is_cut_in_two_that_follow_each_other(chunks, size, plane
         ]
 
     whole = list(pieces(chunks, size, planes, per_slot))
-    found = list(cut_last(iter(whole), min_blocks))
-    assert blocks(found) == blocks(whole)
-    assert all(piece.num_blocks for piece in found)
-    assert found[: len(whole) - 1] == whole[:-1]
-    is_cut = whole[-1].num_blocks >= max(2, min_blocks)
-    assert len(found) == len(whole) + is_cut
-    assert found[-1].num_blocks <= whole[-1].num_blocks / (2 if is_cut else 1)
-    for piece in found:  # as `pieces` makes them
+    last_cut, first_cut = list(cut_last(iter(whole), min_blocks)), list(cut_first(iter(whole), min_blocks))
+    assert last_cut[: len(whole) - 1] == whole[:-1]
+    assert first_cut[len(first_cut) - len(whole) + 1 :] == whole[1:]
+    for found, cut, small in ((last_cut, whole[-1], last_cut[-1]), (first_cut, whole[0], first_cut[0])):
+        assert blocks(found) == blocks(whole)
+        assert all(piece.num_blocks for piece in found)
+        is_cut = cut.num_blocks >= max(2, min_blocks)
+        assert len(found) == len(whole) + is_cut
+        assert small.num_blocks <= cut.num_blocks / (2 if is_cut else 1)
+    for piece in last_cut + first_cut:  # as `pieces` makes them
         assert len(piece.chunks) == 1 or (len(piece.planes), len(piece.blocks)) == (planes, size)
         assert len(piece.planes) == 1 or len(piece.blocks) == size
         assert list(piece.span(size)) == sorted({chunk * size + block for chunk, _, block in blocks([piece])})
