@@ -2,9 +2,11 @@
 
 A vLLM with our connector runs without a cache server. While it answers one long request a server is started, whose pool the
 engine then maps and pins in the background: inter-token latency before, meanwhile and after (wanted: not worse by more than 3 %
-meanwhile), when the slowest token came, and how long pinning takes (wanted: 64 GiB in 5 s). Then, when the engine has let go of
-that pool, the server is started once more while short prompts are asked for, one after the other: TTFT without a server, and
-while the pool is pinned (wanted: not delayed). Needs --l1-gib of shared memory. Run, with vLLM's flags behind `--`:
+meanwhile), when the slowest token came, and how long it takes until the server has made the pool resident, and until the engine
+has pinned it. Then the server ends, and the engine lets go of that pool: latency meanwhile. When its memory is free again the
+server is started once more while short prompts are asked for, one after the other: TTFT without a server, and while the pool is
+pinned (wanted: not delayed). Last, this process pins a pool that is resident already, alone (wanted: 64 GiB in 5 s). Needs as
+much shared memory as --l1-gib says. Run, with vLLM's flags behind `--`:
 python benchmarks/gpu_pinning.py --model DIR [--l1-gib 64] -- [VLLM FLAGS]
 """
 
@@ -22,16 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import torch
 from common import free_port, percentile, report, server
 from engines import REQUEST_SECONDS, Engine, end_on_sigterm, make_prompt, stream, transfer_flags
 from gpu_engine import engine_env, make_parser
 
+from lmcache.client.kvcache import KVCacheClient
 from lmcache.client.mq import MessageQueueClient
 from lmcache.pool import NAME_PREFIX
 from lmcache.protocol import PinReport, Status
+from lmcache.transfer.driver import driver
+from lmcache.transfer.pinning import PoolPinner, address_of
 
-OUTPUT_TOKENS = 2000
+OUTPUT_TOKENS = 7000
 PROMPT_TOKENS = 512
 BASELINE_SECONDS = 3.0
 PINNING_SECONDS = 60.0
@@ -93,15 +99,18 @@ class Pinning:
 
     def __init__(self, url: str, started_at: float) -> None:
         self.started_at = started_at
-        self.began_at = self.ended_at = 0.0
+        self.began_at = self.resident_at = self.ended_at = 0.0
         self.report = PinReport()
         self._mq = MessageQueueClient(url)
 
     def is_over(self) -> bool:
         """Ask the server, which the engine tells with each heartbeat; note when it began and when it ended."""
-        clients: list[dict[str, Any]] = self._mq.call(Status()).status["clients"]
+        status = self._mq.call(Status()).status
+        clients: list[dict[str, Any]] = status["clients"]
         pins = next((client["gpu_pins"] for client in clients if client["gpu_pins"]), None)
         now = time.monotonic()
+        if status["l1"]["resident_bytes"] == status["l1"]["capacity_bytes"]:
+            self.resident_at = self.resident_at or now
         if pins is not None:
             self.began_at = self.began_at or now
             self.report = msgspec.convert(pins, PinReport)
@@ -113,6 +122,7 @@ class Pinning:
         """Return how it went, in seconds after the server was started."""
         return {
             "seconds_until_seen": round(self.began_at - self.started_at, 2) if self.began_at else None,
+            "seconds_until_resident": round(self.resident_at - self.started_at, 2) if self.resident_at else None,
             "seconds_until_done": round(self.ended_at - self.started_at, 2) if self.ended_at else None,
             "pinned_gib": round(self.report.pinned_bytes / 2**30, 2),
             "failed_gib": round(self.report.unpinned_bytes / 2**30, 2),
@@ -138,20 +148,24 @@ def measure_latency(engine: Engine, port: int, l1_gib: float, folder: Path) -> d
     while not (times := clock.times):
         assert clock.is_running, "no answer"
         time.sleep(POLL_SECONDS)
-    began_at = times[0]
+    began_at, available = times[0], psutil.virtual_memory().available
     time.sleep(BASELINE_SECONDS)
     with pinning(port, l1_gib) as pool:
         while not pool.is_over():
             time.sleep(POLL_SECONDS)
         ended_at = pool.end
-        has_outlasted = clock.is_running
-        clock.join()
+    let_go_at = time.monotonic()
+    wait_until_let_go(engine, available)
+    has_outlasted, over_at = clock.is_running, time.monotonic()
+    clock.join()
     figures: dict[str, Any] = {
         "before": clock.latencies_ms(began_at, pool.started_at),
         "meanwhile": clock.latencies_ms(pool.started_at, ended_at),
-        "after": clock.latencies_ms(ended_at, float("inf")),
+        "while_letting_go": clock.latencies_ms(let_go_at, over_at),
+        "after": clock.latencies_ms(over_at, float("inf")),
         "pinning": pool.figures(),
-        "answer_outlasted_pinning": has_outlasted,
+        "seconds_until_let_go": round(over_at - let_go_at, 2),
+        "answer_outlasted_it": has_outlasted,
     }
     if figures["meanwhile"]["tokens"]:
         figures["mean_ratio"] = round(figures["meanwhile"]["mean"] / figures["before"]["mean"], 4)
@@ -160,13 +174,16 @@ def measure_latency(engine: Engine, port: int, l1_gib: float, folder: Path) -> d
     return figures
 
 
-def wait_until_let_go(engine: Engine) -> None:
-    """Return when the engine has unmapped the pool of the server that has ended: the host may not have room for two."""
+def wait_until_let_go(engine: Engine, available: int) -> None:
+    """Return when the engine has unmapped the pool of the server that has ended and its memory is free: two may not fit."""
     deadline = time.monotonic() + LET_GO_SECONDS
-    while any(NAME_PREFIX in path for member in engine.members() for path in mapped_paths(member.pid)):
+    while (
+        any(NAME_PREFIX in path for member in engine.members() for path in mapped_paths(member.pid))
+        or psutil.virtual_memory().available < 0.98 * available
+    ):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the engine still maps the pool of a server that ended {LET_GO_SECONDS:g} s ago")
-        time.sleep(POLL_SECONDS)
+            raise TimeoutError(f"the engine still has the pool of a server that ended {LET_GO_SECONDS:g} s ago")
+        time.sleep(0.2)  # each look holds the engine up for a moment
 
 
 def mapped_paths(pid: int) -> list[str]:
@@ -185,19 +202,37 @@ def measure_first_tokens(engine: Engine, port: int, l1_gib: float) -> dict[str, 
     def ask(name: str) -> None:
         taken[name].append(engine.ask(make_prompt((name, len(taken[name]), time.time()), PROMPT_TOKENS), 2).ttft_ms)
 
-    wait_until_let_go(engine)
     for _ in range(20):
         ask("without")
     with pinning(port, l1_gib) as pool:
         while not pool.is_over():
             ask("meanwhile")
+        alone = pin_alone(f"tcp://127.0.0.1:{port}") if torch.cuda.is_available() else {}
     figures: dict[str, Any] = {
         name: {"requests": len(values), "median": round(statistics.median(values), 2), "max": round(max(values), 2)}
         for name, values in taken.items()
     }
     figures["median_ratio"] = round(figures["meanwhile"]["median"] / figures["without"]["median"], 4)
     figures["pinning"] = pool.figures()
+    figures["alone"] = alone
     print(f"TTFT: {figures}", flush=True)
+    return figures
+
+
+def pin_alone(url: str) -> dict[str, float]:
+    """Pin a pool that is resident, with nothing else to do."""
+    torch.zeros(1, device="cuda")  # makes the context
+    with KVCacheClient(url, timeout_seconds=30) as client:
+        view = client.attach().view
+        assert view is not None
+        started_at = time.monotonic()
+        pinner = PoolPinner(driver(), driver().current_context(), address_of(view.data), len(view.data))
+        pinner.start()
+        while not pinner.is_done:
+            time.sleep(0.01)
+        seconds = time.monotonic() - started_at
+        figures = {"pinned_gib": round(pinner.pinned_bytes / 2**30, 2), "seconds": round(seconds, 2)}
+        pinner.close()
     return figures
 
 
@@ -209,7 +244,7 @@ def main() -> None:
         folder = args.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
-        flags = ["--max-model-len", "4096", "--no-enforce-eager", *args.vllm_flags, *transfer_flags(f"tcp://127.0.0.1:{port}")]
+        flags = ["--max-model-len", "8192", "--no-enforce-eager", *args.vllm_flags, *transfer_flags(f"tcp://127.0.0.1:{port}")]
         engine = stack.enter_context(Engine("ours", args.model, folder, flags, engine_env("ours", folder)))
         engine.ask(make_prompt("warm up", PROMPT_TOKENS), 16)
         latency = measure_latency(engine, port, args.l1_gib, folder)

@@ -1,6 +1,6 @@
 """The pool: one file in shared memory that the server owns and every client on the host maps.
 
-    [header, one page][slot table, 128 bytes a slot][data, extents of whole pages]
+    [header and the resident part, one page][slot table, 128 bytes a slot][data, extents of whole pages]
 
 Comes in: a path and sizes. Goes out: `PoolFile` (the server's, writes everything) and `PoolView` (a client's: reads the
 header and the table, reads and writes data). Next on the data path: `storage/l1.py` on the server, `transfer/` on an engine.
@@ -34,7 +34,7 @@ import msgspec
 from lmcache.errors import PoolError
 
 PAGE_BYTES = 4096
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAGIC = b"LMCPOOL\0"
 NAME_PREFIX = "lmcache-pool-"
 CLIENT_SUFFIX = ".client-"
@@ -50,6 +50,10 @@ LOCK_PAUSE_SECONDS = 0.01
 # magic, format, record bytes, boot id, cookie, capacity, number of slots, data offset, persistent, kernel boot id, crc
 _HEADER = struct.Struct("<8sII16s16sQQQI36sI")
 _BOOT_ID = slice(16, 32)
+# Behind the header, in the same page: how much of the data area is resident, from its start on. It only grows.
+_RESIDENT_WORD = 2048 // 8
+# Unmapping keeps the process's other threads from mapping memory: 6 GiB at once for 0.16 s, in such steps for 1 ms.
+_UNMAP_STEP_BYTES = 64 << 20
 # key, namespace id, owner, offset, length, generation, order, checksum, rank, state; then the checksum of these bytes
 _RECORD = struct.Struct("<32sQ16sQQQQQHB5x")
 _CRC = struct.Struct("<I")
@@ -215,6 +219,7 @@ class PoolFile:
         self._fd = fd
         self._map = mmap.mmap(fd, header.file_bytes)
         self._view = memoryview(self._map)
+        self._first_page = self._view[:PAGE_BYTES].cast("Q")
         self._words = self._view[PAGE_BYTES : header.data_offset].cast("Q")
         self.data = self._view[header.data_offset :]
 
@@ -335,6 +340,13 @@ class PoolFile:
         """Return a slot's generation as it is in the file, also where the record is damaged."""
         return self._words[slot * _WORDS_PER_RECORD + _GENERATION_WORD]
 
+    def tell_resident(self, num_bytes: int) -> None:
+        """Let clients know that so much of the data area is resident; any thread, one at a time.
+
+        What an adopted pool's last server has told stays true.
+        """
+        self._first_page[_RESIDENT_WORD] = max(num_bytes, self._first_page[_RESIDENT_WORD])
+
     def client_path(self, client_id: str) -> Path:
         """Return where a client of this pool keeps its presence file."""
         return client_path(self.path, client_id)
@@ -353,6 +365,7 @@ class PoolFile:
         if not (keep or self.header.persistent):
             self.path.unlink(missing_ok=True)
             remove_client_files(self.path)
+        self._first_page.release()
         self._words.release()
         # A reply that is still being sent keeps the pages mapped until it goes: then nothing here may refer to them.
         with contextlib.suppress(BufferError):
@@ -518,7 +531,13 @@ class PoolView:
             os.close(fd)
         self.path = path
         self.data = memoryview(self._data)
+        self._first_page = memoryview(self._table)[:PAGE_BYTES].cast("Q")
         self._words = memoryview(self._table)[PAGE_BYTES:].cast("Q")
+
+    @property
+    def resident_bytes(self) -> int:
+        """How much of the data area is resident, from its start on, as the server has told."""
+        return min(self._first_page[_RESIDENT_WORD], self.header.capacity_bytes)
 
     @property
     def boot_id(self) -> bytes:
@@ -539,9 +558,16 @@ class PoolView:
         return self.data[offset : offset + length]
 
     def close(self) -> None:
-        """Unmap; views of the data that callers still hold keep their pages mapped until they go."""
+        """Unmap; views of the data that callers still hold keep their pages mapped until they go.
+
+        Takes 0.03 s a GiB, and 0.2 s where nobody else has the file any more.
+        """
+        from lmcache.pages import MADV_DONTNEED, address_of, advise
+
+        self._first_page.release()
         self._words.release()
         self._table.close()
+        advise(address_of(self._data), len(self._data), MADV_DONTNEED, _UNMAP_STEP_BYTES)
         with contextlib.suppress(BufferError):
             self.data.release()
             self._data.close()

@@ -38,6 +38,7 @@ CORE = {
     "log.py",
     "keys.py",
     "layout.py",
+    "pages.py",
     "pool.py",
     "protocol.py",
     "metrics.py",

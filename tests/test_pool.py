@@ -193,7 +193,7 @@ def test_a_format_of_another_version_is_named(tmp_path: Path):
     raw = bytearray(path.read_bytes())
     raw[8:12] = struct.pack("<I", 7)
     path.write_bytes(raw)
-    with pytest.raises(PoolError, match=r"has pool format 7, this version reads 1"):
+    with pytest.raises(PoolError, match=r"has pool format 7, this version reads 2"):
         PoolFile.adopt(path)
     path.unlink()
 
@@ -323,6 +323,32 @@ def test_a_view_sees_and_writes_the_servers_bytes(pool: PoolFile):
     assert bytes(pool.data[PAGE_BYTES : PAGE_BYTES + 5]) == b"hello"
     assert view.header == pool.header
     view.close()
+
+
+def test_closing_a_view_loses_nothing_that_was_written(pool: PoolFile, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pool_module, "_UNMAP_STEP_BYTES", 3 * PAGE_BYTES)
+    view, whole = PoolView(pool.path), bytes(range(256)) * (8 * PAGE_BYTES // 256)
+    view.data[:] = whole
+    view.close()
+    assert bytes(pool.data) == whole
+
+
+def test_what_a_server_has_told_to_be_resident_stays_told_by_the_one_that_adopts_its_pool(tmp_path: Path):
+    path = pool_path(tmp_path)
+    first = PoolFile.create(path, capacity_bytes=8 * PAGE_BYTES, num_slots=8, persistent=True)
+    view = PoolView(path)
+    assert view.resident_bytes == 0
+    first.tell_resident(5 * PAGE_BYTES)
+    assert view.resident_bytes == 5 * PAGE_BYTES
+    first.close()
+    second = PoolFile.adopt(path)
+    second.tell_resident(2 * PAGE_BYTES)
+    assert view.resident_bytes == 5 * PAGE_BYTES
+    second.tell_resident(8 * PAGE_BYTES)
+    assert view.resident_bytes == 8 * PAGE_BYTES
+    view.close()
+    second.close()
+    path.unlink()
 
 
 @pytest.mark.parametrize(

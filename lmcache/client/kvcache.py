@@ -71,6 +71,7 @@ logger = init_logger(__name__)
 UNKNOWN_CLIENT = "unknown_client"
 MAX_HEARTBEAT_SECONDS = 1.0
 BACKOFF_MAX_SECONDS = 2.0
+UNMAP_SECONDS = 30.0
 # One inline message holds at most this many bytes of chunks: enough to stream, little enough to keep in flight.
 INLINE_BATCH_BYTES = 32 << 20
 
@@ -90,7 +91,8 @@ class Attachment:
     """One introduction to one server life: the client id, the mapped pool and the proof that we live.
 
     It stays mapped and locked while any reservation or pin taken through it is in use, also after the server has changed:
-    a server that adopts the pool gives no extent away that this process may still be writing.
+    a server that adopts the pool gives no extent away that this process may still be writing. Unpinning and unmapping 64 GiB
+    takes seconds, and whoever releases it last may be an engine's main thread: so a thread of its own does that.
     """
 
     def __init__(self, hello: HelloReply, view: PoolView | None, presence: Presence | None) -> None:
@@ -106,6 +108,7 @@ class Attachment:
         self.num_writers = 0
         """Reservations through which the pool may still be written."""
         self._unwatch: Callable[[], None] | None = None
+        self._closing: threading.Thread | None = None
         # What this life of ours has told the server, and what was copied, and told, before it.
         self.told_pins: PinReport | None = None
         self.copied_before_bytes = 0
@@ -132,12 +135,25 @@ class Attachment:
             self._num_users -= 1
             is_last = self._num_users == 0
         if is_last:
-            if self._unwatch is not None:
-                self._unwatch()
-            if self.view is not None:
-                self.view.close()
-            if self._presence is not None:
-                self._presence.close()
+            self._closing = threading.Thread(target=self._close, name="lmcache-unmap", daemon=True)
+            try:
+                self._closing.start()
+            except RuntimeError:  # the interpreter is ending, and lets no thread begin
+                self._closing = None
+                self._close()
+
+    def join(self, seconds: float) -> None:
+        """Wait until all is closed, if the last user has released it."""
+        if self._closing is not None:
+            self._closing.join(timeout=seconds)
+
+    def _close(self) -> None:
+        if self._unwatch is not None:
+            self._unwatch()
+        if self.view is not None:
+            self.view.close()
+        if self._presence is not None:
+            self._presence.close()
 
 
 class Reservation:
@@ -787,6 +803,7 @@ class KVCacheClient:
             except (UnreachableError, RemoteError) as exc:
                 logger.debug("the server did not take our goodbye: %s", exc)
             attachment.release()
+            attachment.join(UNMAP_SECONDS)
         self.mq.close()
 
     def __enter__(self) -> KVCacheClient:

@@ -2,7 +2,8 @@
 
 First touch dominates a store into new pages (1 GB/s against 6 to 10 on the 2-core machine), and a full file system shows
 itself as SIGBUS there. `MADV_POPULATE_WRITE` reports it as an error instead; where the kernel lacks it, allocating the file's
-blocks does. A piece that fails ends the growth: what lies above it is never handed out.
+blocks does. A piece that fails ends the growth: what lies above it is never handed out. Clients are told, in the file, how far
+it is: so a GPU's driver pins no page first, which would be counted as the engine's memory instead of ours.
 """
 
 from __future__ import annotations
@@ -11,33 +12,28 @@ import ctypes
 import errno
 import os
 import threading
-from collections import deque
 
 from lmcache.log import init_logger
+from lmcache.pages import MADV_POPULATE_WRITE, advise
 from lmcache.pool import PAGE_BYTES, PoolFile
 
 logger = init_logger(__name__)
 
 PIECE_BYTES = 64 << 20
-MADV_POPULATE_WRITE = 23
+STEP_BYTES = 8 << 20
 MAX_THREADS = 4
 
 
 class Residency:
-    """Threads that populate a pool's data area, and the frontier below which all of it is resident.
-
-    `frontier_pages()` belongs to the owner thread.
-    """
+    """Threads that populate a pool's data area, and the frontier below which all of it is resident."""
 
     def __init__(self, pool: PoolFile) -> None:
         self._pool = pool
         self._capacity_bytes = pool.header.capacity_bytes
         self._anchor = (ctypes.c_char * 1).from_buffer(pool.address)
         self._base = ctypes.addressof(self._anchor)
-        self._libc = ctypes.CDLL(None, use_errno=True)
         self._next = 0
         self._lock = threading.Lock()
-        self._done: deque[int] = deque()
         self._done_above: set[int] = set()
         self._frontier = 0
         self._stop = threading.Event()
@@ -54,7 +50,7 @@ class Residency:
             first = self._claim()
             if first is not None:
                 self._populate(first)
-                self._done.append(first)
+                self._note_done(first)
         except OSError:
             self.close()  # the pool cannot be closed while its mapping is held here
             raise
@@ -66,13 +62,16 @@ class Residency:
             thread.start()
 
     def frontier_pages(self) -> int:
-        """Return the page below which everything is resident."""
-        while self._done:
-            self._done_above.add(self._done.popleft())
-        while self._frontier in self._done_above:
-            self._done_above.remove(self._frontier)
-            self._frontier += 1
+        """Return the page below which everything is resident; any thread."""
         return min(self._frontier * PIECE_BYTES, self._capacity_bytes) // PAGE_BYTES
+
+    def _note_done(self, piece: int) -> None:
+        with self._lock:
+            self._done_above.add(piece)
+            while self._frontier in self._done_above:
+                self._done_above.remove(self._frontier)
+                self._frontier += 1
+            self._pool.tell_resident(self.frontier_pages() * PAGE_BYTES)
 
     @property
     def is_running(self) -> bool:
@@ -98,7 +97,7 @@ class Residency:
                 self.failure = f"the pool stops growing at {piece * PIECE_BYTES >> 20} MiB: {exc.strerror}"
                 logger.warning("%s; hint: use a smaller --l1-size-gb", self.failure)
                 return
-            self._done.append(piece)
+            self._note_done(piece)
 
     def _claim(self) -> int | None:
         with self._lock:
@@ -108,14 +107,9 @@ class Residency:
     def _populate(self, piece: int) -> None:
         start = self._pool.header.data_offset + piece * PIECE_BYTES
         length = min(PIECE_BYTES, self._pool.header.file_bytes - start)
-        result = self._libc.madvise(
-            ctypes.c_void_p(self._base + start),
-            ctypes.c_size_t(length),
-            ctypes.c_int(MADV_POPULATE_WRITE),
-        )
-        if result == 0:
+        error = advise(self._base + start, length, MADV_POPULATE_WRITE, STEP_BYTES)
+        if not error:
             return
-        error = ctypes.get_errno()
         if error == errno.EINVAL:
             os.posix_fallocate(self._pool.fileno(), start, length)
         else:

@@ -300,7 +300,7 @@ class CudaCopier(ChunkCopier):
 
     def pin_pool(self, view: PoolView) -> Callable[[], None]:
         """Pin a mapped pool in the background; any thread."""
-        pinner = PoolPinner(self._driver, self._context, address_of(view.data), view.data.nbytes)
+        pinner = PoolPinner(self._driver, self._context, address_of(view.data), view.data.nbytes, lambda: view.resident_bytes)
         self.pinned = pinner
         pinner.start()
 

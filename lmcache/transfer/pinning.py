@@ -1,34 +1,38 @@
-"""Pins the mapped pool for a GPU: piece by piece, lowest offsets first, in the background.
+"""Pins the mapped pool for a GPU: piece by piece, lowest offsets first, in the background, as the server makes it resident.
 
 Comes in: the mapping of one attachment to a server. Goes out: which of its bytes can be copied at the speed of the wire. What
 is not pinned, yet or at all, is copied all the same, slower and counted; that is told once, with the likely cause.
+
+The engine goes on meanwhile, so each step is short: entering pages in the page table, and pinning them, keeps all other threads
+of the process from mapping memory, and pinning the driver from other work. And no page is touched here first: that would take
+far longer, and the kernel would count it as the engine's memory instead of the server's.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from lmcache.log import init_logger
+from lmcache.pages import MADV_POPULATE_WRITE, advise
 from lmcache.protocol import PinReport
 from lmcache.transfer.driver import CudaDriver, CudaError
 
 logger = init_logger(__name__)
 
-# Short enough that closing never waits long. An H100's host pins a GiB in 0.03 s once this process has it in its page table;
-# entering it there takes one thread 0.14 s, so several do that first.
-PIECE_BYTES = 1 << 30
-POPULATE_BYTES = 64 << 20
+# An H100's host pins a GiB in 0.03 s once this process has it in its page table; entering it there takes one thread 0.14 s, so
+# several do that first. In pieces of 1 GiB entered in steps of 64 MiB, some tokens of a running engine came 60 to 140 ms late.
+PIECE_BYTES = 128 << 20
+STEP_BYTES = 4 << 20
 MAX_THREADS = 8
-MADV_POPULATE_WRITE = 23
+RESIDENT_POLL_SECONDS = 0.02
 CLOSE_SECONDS = 30.0
 # Between two lines about how far it is: a pool that takes longer is big enough to be asked about.
 PROGRESS_SECONDS = 5.0
@@ -40,19 +44,29 @@ class PoolPinner:
     Args:
         driver, context: of the device whose copies want it. A context is the process's, so any thread may use it.
         address, num_bytes: the mapping; it outlives this object's `close`.
+        resident_bytes: tells how much of it is resident, from its start on; None where all of it may be touched.
     """
 
-    def __init__(self, driver: CudaDriver, context: Any, address: int, num_bytes: int, piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(
+        self,
+        driver: CudaDriver,
+        context: Any,
+        address: int,
+        num_bytes: int,
+        resident_bytes: Callable[[], int] | None = None,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
         self._driver = driver
         self._context = context
         self._address = address
         self._num_bytes = num_bytes
+        self._resident_bytes = resident_bytes or (lambda: num_bytes)
         self._piece_bytes = piece_bytes
         self._num_pieces = -(-num_bytes // piece_bytes)
         self._pinned: set[int] = set()
         self._failed: set[int] = set()
         self._stop = threading.Event()
-        self._libc = ctypes.CDLL(None)
+        self._looking = threading.Lock()
         self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "lmcache-populate")
         self._thread = threading.Thread(target=self._pin_all, name="lmcache-pin", daemon=True)
 
@@ -115,16 +129,14 @@ class PoolPinner:
     def _length(self, index: int) -> int:
         return min(self._piece_bytes, self._num_bytes - index * self._piece_bytes)
 
-    def _populate(self, index: int) -> list[Future[None]]:
-        """Begin to enter a piece in the page table; where that fails, pinning says why, or does it slower."""
-        start = self._address + index * self._piece_bytes
-
-        def populate(offset: int) -> None:
-            if not self._stop.is_set():
-                length = min(POPULATE_BYTES, self._length(index) - offset)
-                self._libc.madvise(ctypes.c_void_p(start + offset), ctypes.c_size_t(length), MADV_POPULATE_WRITE)
-
-        return [self._threads.submit(populate, offset) for offset in range(0, self._length(index), POPULATE_BYTES)]
+    def _enter(self, index: int) -> None:
+        """Enter a piece in the page table, once it is resident; where that fails, pinning says why, or does it slower."""
+        end = index * self._piece_bytes + self._length(index)
+        with self._looking:  # one of the threads is enough
+            while not self._stop.is_set() and self._resident_bytes() < end:
+                self._stop.wait(RESIDENT_POLL_SECONDS)
+        if not self._stop.is_set():
+            advise(self._address + index * self._piece_bytes, self._length(index), MADV_POPULATE_WRITE, STEP_BYTES)
 
     def _pin(self, index: int) -> None:
         self._driver.register(self._address + index * self._piece_bytes, self._length(index))
@@ -135,39 +147,28 @@ class PoolPinner:
             self._pin_pieces()
 
     def _pin_pieces(self) -> None:
-        failure: CudaError | None = None
         told_at = time.monotonic()
         try:
             self._driver.use_context(self._context)
+            for index, _ in enumerate(self._threads.map(self._enter, range(self._num_pieces))):
+                if self._stop.is_set():
+                    return
+                self._pin(index)
+                if time.monotonic() - told_at >= PROGRESS_SECONDS:
+                    told_at = time.monotonic()
+                    done_bytes, whole = self.pinned_bytes, self._num_bytes
+                    logger.info("pinning the pool: %d %% of %.2f GiB", 100 * done_bytes // whole, whole / 2**30)
         except CudaError as exc:
-            failure = exc
-        entering = self._populate(0)
-        for index in range(self._num_pieces):
-            wait(entering, timeout=CLOSE_SECONDS)
-            if self._stop.is_set():
-                return
-            try:
-                if failure is None:
-                    entering = self._populate(index + 1)  # while this one is pinned
-                    self._pin(index)
-            except CudaError as exc:
-                failure = exc
-            if failure is not None:
-                self._failed.add(index)
-            elif time.monotonic() - told_at >= PROGRESS_SECONDS:
-                told_at = time.monotonic()
-                done_bytes, whole = self.pinned_bytes, self._num_bytes
-                logger.info("pinning the pool: %d %% of %.2f GiB", 100 * done_bytes // whole, whole / 2**30)
-        if failure is None:
-            logger.info("pinned %.2f GiB of the pool for the GPU", self.pinned_bytes / 2**30)
-        else:
+            self._failed.update(range(len(self._pinned), self._num_pieces))
             logger.warning(
                 "%.2f of %.2f GiB of the pool cannot be pinned and are copied slower: %s; %s",
                 self.unpinned_bytes / 2**30,
                 self._num_bytes / 2**30,
-                failure,
+                exc,
                 _likely_cause(self._num_bytes),
             )
+        else:
+            logger.info("pinned %.2f GiB of the pool for the GPU", self.pinned_bytes / 2**30)
 
 
 def address_of(memory: memoryview) -> int:

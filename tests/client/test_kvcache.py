@@ -281,6 +281,30 @@ def test_a_pool_stays_mapped_while_its_chunks_are_borrowed(server, pair):
     worker.post_report()  # a closed client tells nothing
 
 
+def test_whoever_lets_go_of_a_mapping_last_does_not_wait_until_it_is_unpinned_and_unmapped(server, pair):
+    scheduler, worker = pair
+    found = look_up_places(scheduler, 1, 2)
+    may_end = threading.Event()
+    worker.watch_mapping(lambda view: lambda: may_end.wait(30))
+    borrowed = worker.borrow(found.placements, found.boot)
+    worker.close()
+    attachment = borrowed._attachment
+    borrowed.release()
+    assert attachment.view.extent(0, PAGE_BYTES), "it cannot be unmapped before it is unpinned"
+    may_end.set()
+    attachment.join(30)
+    assert not hasattr(attachment.view, "data")
+
+
+def test_closing_waits_until_the_mapping_is_unpinned_and_unmapped(server):
+    client, order = KVCacheClient(server.endpoints.zmq), []
+    view = client.attach().view
+    client.watch_mapping(lambda _: lambda: (time.sleep(0.2), order.append("unpinned")))
+    client.close()
+    assert order == ["unpinned"]
+    assert not hasattr(view, "data")
+
+
 def test_reports_that_nobody_waits_for_do_not_pile_up_their_replies(server, pair):
     scheduler, worker = pair
     found = look_up_places(scheduler, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lmcache.errors import PoolSizeError
-from lmcache.pool import PAGE_BYTES, PoolFile
+from lmcache.pool import PAGE_BYTES, PoolFile, PoolView
 from lmcache.protocol import StoreOutcome
 from lmcache.server.app import start_server
 from lmcache.storage import residency
@@ -70,13 +70,15 @@ def test_the_first_piece_is_resident_when_start_returns(pool: PoolFile, monkeypa
 
 @pytest.mark.parametrize("done", [[1, 2, 0, 4, 3], [4, 3, 2, 1, 0], [0, 1, 2, 3, 4], [3, 0, 4, 1, 2]])
 def test_the_frontier_stands_before_the_first_piece_that_is_not_done(pool: PoolFile, done: list[int]):
-    made = Residency(pool)
+    made, view = Residency(pool), PoolView(pool.path)
     for position, piece in enumerate(done):
-        made._done.append(piece)
+        made._note_done(piece)
         finished = set(done[: position + 1])
         expected = next(piece for piece in range(6) if piece not in finished)
         assert made.frontier_pages() == expected * PIECE // PAGE_BYTES
+        assert view.resident_bytes == expected * PIECE
     made.close()
+    view.close()
 
 
 def test_a_piece_that_fails_is_reported_and_nothing_above_it_is_ever_handed_out(tmp_path, monkeypatch):

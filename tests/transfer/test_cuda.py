@@ -344,7 +344,8 @@ def test_a_pool_that_a_new_thread_maps_is_pinned():
     """As the heartbeat does when the server comes after the engine, or comes back."""
     case = Case(4, 64, 65536, 0, 4, seed=7)
     undo = []
-    thread = threading.Thread(target=lambda: undo.append(case.copier.pin_pool(SimpleNamespace(data=case.pool))))
+    view = SimpleNamespace(data=case.pool, resident_bytes=len(case.pool))
+    thread = threading.Thread(target=lambda: undo.append(case.copier.pin_pool(view)))
     thread.start()
     thread.join(timeout=60)
     wait_until_pinned(case.copier.pinned)

@@ -1,5 +1,6 @@
 """What a GPU's copier does that needs no GPU: cutting transfers into pieces, and keeping count of what is pinned."""
 
+import ctypes
 import mmap
 import threading
 import time
@@ -88,11 +89,15 @@ def pinner_for(driver, num_bytes):
     return pool, PoolPinner(driver, "context", address_of(pool), num_bytes, piece_bytes=4 * MIB)
 
 
-def wait_until_done(pinner):
+def wait_until(condition):
     deadline = time.monotonic() + 30
-    while not pinner.is_done:
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def wait_until_done(pinner):
+    wait_until(lambda: pinner.is_done)
 
 
 def test_the_pool_is_pinned_lowest_offsets_first_and_nothing_stays_pinned():
@@ -111,6 +116,39 @@ def test_the_pool_is_pinned_lowest_offsets_first_and_nothing_stays_pinned():
     ]
     pinner.close()
     assert not driver.registered
+
+
+def test_a_page_is_touched_and_pinned_only_once_the_server_has_made_it_resident():
+    driver, resident = FakeDriver(), [5 * MIB]
+    pool = memoryview(mmap.mmap(-1, 12 * MIB))
+    pinner = PoolPinner(driver, "context", address_of(pool), len(pool), lambda: resident[0], piece_bytes=4 * MIB)
+    pinner.start()
+    wait_until(lambda: pinner.pinned_bytes == 4 * MIB)
+    time.sleep(0.1)
+    assert (pinner.pinned_bytes, num_resident(pool)) == (4 * MIB, 4 * MIB)
+    resident[0] = len(pool)
+    wait_until(lambda: pinner.is_done)
+    assert (pinner.pinned_bytes, num_resident(pool)) == (12 * MIB, 12 * MIB)
+    pinner.close()
+    assert not driver.registered
+
+
+def test_closing_ends_a_pinner_that_waits_for_the_server():
+    driver = FakeDriver()
+    pool = memoryview(mmap.mmap(-1, 12 * MIB))
+    pinner = PoolPinner(driver, "context", address_of(pool), len(pool), lambda: 4 * MIB, piece_bytes=4 * MIB)
+    pinner.start()
+    wait_until(lambda: pinner.pinned_bytes == 4 * MIB)
+    pinner.close()
+    assert not pinner._thread.is_alive()
+    assert not driver.registered
+
+
+def num_resident(pool):
+    """How many bytes of a mapping have memory behind them."""
+    vector = (ctypes.c_ubyte * (len(pool) // mmap.PAGESIZE))()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address_of(pool)), ctypes.c_size_t(len(pool)), vector) == 0
+    return sum(vector) * mmap.PAGESIZE
 
 
 def test_what_cannot_be_pinned_is_counted_and_told_once_with_the_likely_cause(caplog):
