@@ -139,8 +139,12 @@ class ChunkCopier(ABC):
     def protect_blocks(self) -> None:  # noqa: B027 - nothing to do where stores are done on return
         """Let what the device is given next wait until blocks that stores are reading have been read."""
 
-    def pin_pool(self, view: PoolView) -> Callable[[], None]:
-        """Prepare a mapped pool for copies, in the background; return how to undo that before it is unmapped."""
+    def pin_pool(self, view: PoolView, is_computing: Callable[[], bool] = lambda: False) -> Callable[[], None]:
+        """Prepare a mapped pool for copies, in the background; return how to undo that before it is unmapped.
+
+        Args:
+            is_computing: tells whether an engine is at work that should not be held up.
+        """
         return lambda: None
 
     def pin_report(self) -> PinReport | None:

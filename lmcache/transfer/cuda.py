@@ -298,9 +298,10 @@ class CudaCopier(ChunkCopier):
         """Let a thread work on this device, also while the engine records CUDA graphs."""
         return functools.partial(self._driver.use_context, self._context)
 
-    def pin_pool(self, view: PoolView) -> Callable[[], None]:
+    def pin_pool(self, view: PoolView, is_computing: Callable[[], bool] = lambda: False) -> Callable[[], None]:
         """Pin a mapped pool in the background; any thread."""
-        pinner = PoolPinner(self._driver, self._context, address_of(view.data), view.data.nbytes, lambda: view.resident_bytes)
+        address, num_bytes = address_of(view.data), view.data.nbytes
+        pinner = PoolPinner(self._driver, self._context, address, num_bytes, lambda: view.resident_bytes, is_computing)
         self.pinned = pinner
         pinner.start()
 

@@ -3,9 +3,9 @@
 Comes in: the mapping of one attachment to a server. Goes out: which of its bytes can be copied at the speed of the wire. What
 is not pinned, yet or at all, is copied all the same, slower and counted; that is told once, with the likely cause.
 
-The engine goes on meanwhile, so each step is short: entering pages in the page table, and pinning them, keeps all other threads
-of the process from mapping memory, and pinning the driver from other work. And no page is touched here first: that would take
-far longer, and the kernel would count it as the engine's memory instead of the server's.
+The engine goes on meanwhile, so each step is short: entering pages in the page table keeps all other threads of the process
+from mapping memory, and while the driver pins, nothing can be launched. And no page is touched here first: that would take far
+longer, and the kernel would count it as the engine's memory instead of the server's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,17 @@ from lmcache.transfer.driver import CudaDriver, CudaError
 
 logger = init_logger(__name__)
 
-# An H100's host pins a GiB in 0.03 s once this process has it in its page table; entering it there takes one thread 0.14 s, so
-# several do that first. In pieces of 1 GiB entered in steps of 64 MiB, some tokens of a running engine came 60 to 140 ms late.
-PIECE_BYTES = 128 << 20
+# An H100's host pins a GiB in 0.06 s once this process has it in its page table; entering it there takes one thread 0.14 s, so
+# several do that first, some pieces ahead. A piece takes the driver 2 ms, which vLLM's launches mostly have to spare.
+PIECE_BYTES = 32 << 20
 STEP_BYTES = 4 << 20
 MAX_THREADS = 8
+PIECES_AHEAD = 64
 RESIDENT_POLL_SECONDS = 0.02
+# While an engine computes, the driver is left to it for so many times as long as a piece has taken: pinning 64 GiB takes 40 s.
+# Unpinned memory should soon be free.
+PIN_REST_RATIO = 9
+UNPIN_REST_RATIO = 2
 CLOSE_SECONDS = 30.0
 # Between two lines about how far it is: a pool that takes longer is big enough to be asked about.
 PROGRESS_SECONDS = 5.0
@@ -45,6 +51,7 @@ class PoolPinner:
         driver, context: of the device whose copies want it. A context is the process's, so any thread may use it.
         address, num_bytes: the mapping; it outlives this object's `close`.
         resident_bytes: tells how much of it is resident, from its start on; None where all of it may be touched.
+        is_computing: tells whether an engine is at work that should not be held up.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class PoolPinner:
         address: int,
         num_bytes: int,
         resident_bytes: Callable[[], int] | None = None,
+        is_computing: Callable[[], bool] = lambda: False,
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
         self._driver = driver
@@ -61,10 +69,11 @@ class PoolPinner:
         self._address = address
         self._num_bytes = num_bytes
         self._resident_bytes = resident_bytes or (lambda: num_bytes)
+        self._is_computing = is_computing
         self._piece_bytes = piece_bytes
         self._num_pieces = -(-num_bytes // piece_bytes)
-        self._pinned: set[int] = set()
-        self._failed: set[int] = set()
+        self._num_pinned = 0
+        self._num_failed = 0
         self._stop = threading.Event()
         self._looking = threading.Lock()
         self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "lmcache-populate")
@@ -77,17 +86,17 @@ class PoolPinner:
     @property
     def pinned_bytes(self) -> int:
         """How much is pinned by now."""
-        return sum(self._length(index) for index in tuple(self._pinned))
+        return min(self._num_pinned * self._piece_bytes, self._num_bytes)
 
     @property
     def unpinned_bytes(self) -> int:
         """How much could not be pinned."""
-        return sum(self._length(index) for index in tuple(self._failed))
+        return self._num_bytes - min((self._num_pieces - self._num_failed) * self._piece_bytes, self._num_bytes)
 
     @property
     def is_done(self) -> bool:
         """Whether every piece has been tried."""
-        return len(self._pinned) + len(self._failed) == self._num_pieces
+        return self._num_pinned + self._num_failed == self._num_pieces
 
     def report(self, copied_bytes: int) -> PinReport:
         """Return how far it is; `copied_bytes` were copied through what was not pinned."""
@@ -100,8 +109,7 @@ class PoolPinner:
 
     def is_pinned(self, address: int, num_bytes: int) -> bool:
         """Tell whether all of a range is pinned."""
-        first, last = self._piece_at(address), self._piece_at(address + num_bytes - 1)
-        return all(index in self._pinned for index in range(first, last + 1))
+        return self._piece_at(address + num_bytes - 1) < self._num_pinned
 
     def split(self, address: int, num_bytes: int) -> Iterator[tuple[int, int]]:
         """Yield a range in parts that lie in one piece each: the driver refuses copies across two."""
@@ -118,8 +126,10 @@ class PoolPinner:
             self._thread.join(timeout=CLOSE_SECONDS)
         try:
             self._driver.use_context(self._context)
-            while self._pinned:
-                self._driver.unregister(self._address + self._pinned.pop() * self._piece_bytes)
+            while self._num_pinned:
+                self._num_pinned -= 1
+                with self._resting(UNPIN_REST_RATIO):
+                    self._driver.unregister(self._address + self._num_pinned * self._piece_bytes)
         except CudaError as exc:
             logger.debug("unpinning the pool: %s", exc)
 
@@ -138,9 +148,27 @@ class PoolPinner:
         if not self._stop.is_set():
             advise(self._address + index * self._piece_bytes, self._length(index), MADV_POPULATE_WRITE, STEP_BYTES)
 
+    def _entered(self) -> Iterator[int]:
+        """Yield the pieces in their order, each once it is entered, until we are closed."""
+        for start in range(0, self._num_pieces, PIECES_AHEAD):
+            window = range(start, min(start + PIECES_AHEAD, self._num_pieces))
+            for index, _ in zip(window, self._threads.map(self._enter, window), strict=True):
+                if self._stop.is_set():
+                    return
+                yield index
+
     def _pin(self, index: int) -> None:
-        self._driver.register(self._address + index * self._piece_bytes, self._length(index))
-        self._pinned.add(index)
+        with self._resting(PIN_REST_RATIO):
+            self._driver.register(self._address + index * self._piece_bytes, self._length(index))
+            self._num_pinned += 1
+
+    @contextmanager
+    def _resting(self, ratio: float) -> Iterator[None]:
+        """Leave the driver to the engine afterwards; from one piece to the next it would let nobody in between."""
+        started_at = time.monotonic()
+        yield
+        if self._is_computing():
+            time.sleep(ratio * (time.monotonic() - started_at))
 
     def _pin_all(self) -> None:
         with self._threads:
@@ -150,16 +178,14 @@ class PoolPinner:
         told_at = time.monotonic()
         try:
             self._driver.use_context(self._context)
-            for index, _ in enumerate(self._threads.map(self._enter, range(self._num_pieces))):
-                if self._stop.is_set():
-                    return
+            for index in self._entered():
                 self._pin(index)
                 if time.monotonic() - told_at >= PROGRESS_SECONDS:
                     told_at = time.monotonic()
                     done_bytes, whole = self.pinned_bytes, self._num_bytes
                     logger.info("pinning the pool: %d %% of %.2f GiB", 100 * done_bytes // whole, whole / 2**30)
         except CudaError as exc:
-            self._failed.update(range(len(self._pinned), self._num_pieces))
+            self._num_failed = self._num_pieces - self._num_pinned
             logger.warning(
                 "%.2f of %.2f GiB of the pool cannot be pinned and are copied slower: %s; %s",
                 self.unpinned_bytes / 2**30,
@@ -168,7 +194,8 @@ class PoolPinner:
                 _likely_cause(self._num_bytes),
             )
         else:
-            logger.info("pinned %.2f GiB of the pool for the GPU", self.pinned_bytes / 2**30)
+            if self.is_done:
+                logger.info("pinned %.2f GiB of the pool for the GPU", self.pinned_bytes / 2**30)
 
 
 def address_of(memory: memoryview) -> int:

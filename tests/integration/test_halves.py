@@ -18,6 +18,7 @@ from hypothesis import strategies as st  # noqa: E402
 from lmcache.client.kvcache import KVCacheClient  # noqa: E402
 from lmcache.errors import DeadlineError, SpoiledLoadError, StaleReadError, UnreachableError, UsageError  # noqa: E402
 from lmcache.integration.vllm import background  # noqa: E402
+from lmcache.integration.vllm import worker as worker_module  # noqa: E402
 from lmcache.integration.vllm.scheduler import SchedulerHalf  # noqa: E402
 from lmcache.integration.vllm.steps import (  # noqa: E402
     ChunkSpan,
@@ -797,6 +798,23 @@ def a_load_under_way(server, seconds=0.3, bytes_left=0):
         plan = setup.plan_to_load("b", prompt, list(range(20, 32)))
         setup.worker.load(plan)
         yield setup, plan
+
+
+def test_who_pins_the_pool_is_told_whether_steps_follow_each_other(server, monkeypatch):
+    asks = []
+
+    class PinningCopier(CpuCopier):
+        def pin_pool(self, view, is_computing):
+            asks.append(is_computing)
+            return lambda: None
+
+    with Setup(server, make_copier=PinningCopier) as setup:
+        (is_computing,) = asks
+        assert not is_computing()
+        setup.worker.begin_step()
+        assert is_computing()
+        monkeypatch.setattr(worker_module, "COMPUTING_SECONDS", 0.0)
+        assert not is_computing()
 
 
 def test_a_load_that_is_nearly_over_is_named_and_the_next_step_waits_for_it(server):

@@ -144,6 +144,19 @@ def test_closing_ends_a_pinner_that_waits_for_the_server():
     assert not driver.registered
 
 
+@pytest.mark.parametrize("is_computing", [True, False])
+def test_beside_an_engine_that_computes_the_driver_rests_after_each_piece(monkeypatch, is_computing):
+    rests, driver = [], FakeDriver()
+    pool = memoryview(mmap.mmap(-1, 12 * MIB))
+    pinner = PoolPinner(driver, "context", address_of(pool), len(pool), is_computing=lambda: is_computing, piece_bytes=4 * MIB)
+    monkeypatch.setattr("lmcache.transfer.pinning.time.sleep", rests.append)
+    pinner._pin_all()
+    pinner.close()
+    assert len(rests) == (6 if is_computing else 0)
+    assert all(seconds > 0 for seconds in rests)
+    assert not driver.registered
+
+
 def num_resident(pool):
     """How many bytes of a mapping have memory behind them."""
     vector = (ctypes.c_ubyte * (len(pool) // mmap.PAGESIZE))()
@@ -176,7 +189,7 @@ def test_closing_while_pages_are_being_pinned_leaves_none_pinned():
     threading.Timer(0.05, gate.set).start()
     pinner.close()
     assert not driver.registered
-    assert len(pinner._pinned) == 0
+    assert pinner.pinned_bytes == 0
 
 
 @pytest.mark.parametrize(("seconds", "shares"), [(0.0, [40, 80, 100]), (60.0, [])])

@@ -48,6 +48,7 @@ from lmcache.transfer.base import TRANSFER_SECONDS, CancelledTransferError, Chun
 logger = init_logger(__name__)
 
 CLOSE_SECONDS = 5.0
+COMPUTING_SECONDS = 1.0
 # A step that computes nothing may take so long for a load that is nearly over. Between such steps vLLM pauses for 1 ms; a load
 # that one of them missed cost the first token 1.3 ms more (2k tokens, vLLM 0.32 on a CPU).
 IDLE_LINGER_SECONDS = 2e-3
@@ -132,6 +133,7 @@ class WorkerHalf:
         self._loaded_up_to = 0  # and looked at
         self._reported_loads_up_to = 0
         self._load_failures = 0
+        self._last_step_at = float("-inf")
         self._log = RateLimitedLog(logger)
         self.hello = WorkerHello(refusal="no KV caches were registered")
 
@@ -176,7 +178,7 @@ class WorkerHalf:
         if copier.copies_later:
             self._background = BackgroundStores(self._store_job, copier.prepare_thread())
         try:
-            self._client.watch_mapping(copier.pin_pool)
+            self._client.watch_mapping(lambda view: copier.pin_pool(view, self.is_computing))
             self._client.watch_pins(copier.pin_report)
             processes = [token for token in map(process_token, (os.getpid(), os.getppid())) if token]
             reply = self._client.register(namespace, copier.layout, rank, num_ranks, processes, backend=copier.backend)
@@ -196,8 +198,13 @@ class WorkerHalf:
             self._background.cancel(preempted)
             self._copier.protect_blocks()
 
+    def is_computing(self) -> bool:
+        """Whether there was a step a moment ago; any thread."""
+        return time.monotonic() - self._last_step_at < COMPUTING_SECONDS
+
     def begin_step(self) -> None:
         """Let what this step computes wait for the loads that were named before it."""
+        self._last_step_at = time.monotonic()
         for load in self._loading:
             if load.is_named and not load.holds_back:
                 load.transfer.hold_back()
