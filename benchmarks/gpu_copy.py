@@ -89,7 +89,7 @@ class Engine:
         self.layout = KVLayout(num_layers=num_layers, num_planes=1, block_bytes=block_bytes, block_size=16, dtype="bfloat16")
         self.kv = torch.randint(0, 256, (num_layers, num_blocks, block_bytes), dtype=torch.uint8, device="cuda")
         self.copier = CudaCopier(self.layout, list(self.kv), ConnectorConfig.staging_bytes)
-        self.copier.pinned = pinner
+        self.copier.mappings = (pinner,)
         self.ids = random.Random(1).sample(range(num_blocks), num_blocks)
 
     def store(self, extents: Sequence[memoryview], first: int = 0, is_beside_engine: bool = False) -> None:

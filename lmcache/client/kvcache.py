@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -92,7 +94,7 @@ class Attachment:
 
     It stays mapped and locked while any reservation or pin taken through it is in use, also after the server has changed:
     a server that adopts the pool gives no extent away that this process may still be writing. Unpinning and unmapping 64 GiB
-    takes seconds, and whoever releases it last may be an engine's main thread: so a thread of its own does that.
+    takes half a minute, and whoever releases it last may be an engine's main thread: so a thread of its own does that.
     """
 
     def __init__(self, hello: HelloReply, view: PoolView | None, presence: Presence | None) -> None:
@@ -108,7 +110,7 @@ class Attachment:
         self.num_writers = 0
         """Reservations through which the pool may still be written."""
         self._unwatch: Callable[[], None] | None = None
-        self._closing: threading.Thread | None = None
+        self._unmapped = threading.Event()
         # What this life of ours has told the server, and what was copied, and told, before it.
         self.told_pins: PinReport | None = None
         self.copied_before_bytes = 0
@@ -134,26 +136,33 @@ class Attachment:
         with self._lock:
             self._num_users -= 1
             is_last = self._num_users == 0
-        if is_last:
-            self._closing = threading.Thread(target=self._close, name="lmcache-unmap", daemon=True)
-            try:
-                self._closing.start()
-            except RuntimeError:  # the interpreter is ending, and lets no thread begin
-                self._closing = None
-                self._close()
-
-    def join(self, seconds: float) -> None:
-        """Wait until all is closed, if the last user has released it."""
-        if self._closing is not None:
-            self._closing.join(timeout=seconds)
-
-    def _close(self) -> None:
-        if self._unwatch is not None:
-            self._unwatch()
-        if self.view is not None:
-            self.view.close()
+        if not is_last:
+            return
         if self._presence is not None:
             self._presence.close()
+        if sys.is_finalizing():  # then a thread may never begin
+            self._unmap()
+        else:
+            threading.Thread(target=self._unmap, name="lmcache-unmap", daemon=True).start()
+
+    def join(self, seconds: float) -> None:
+        """Wait until the pool is unmapped, if the last user has released it."""
+        if self._num_users == 0:
+            self._unmapped.wait(seconds)
+
+    @property
+    def is_unmapped(self) -> bool:
+        """Whether nothing is left to be closed."""
+        return self._unmapped.is_set()
+
+    def _unmap(self) -> None:
+        try:
+            if self._unwatch is not None:
+                self._unwatch()
+            if self.view is not None:
+                self.view.close()
+        finally:
+            self._unmapped.set()
 
 
 class Reservation:
@@ -485,6 +494,7 @@ class KVCacheClient:
         self._lock = threading.Lock()
         self._introducing = threading.Lock()
         self._attachment: Attachment | None = None
+        self._retired: list[Attachment] = []
         self._registration: Callable[[Attachment], RegisterKVCache] | None = None
         self._watch: WatchMapping | None = None
         self._ask_pins: Callable[[], PinReport | None] = lambda: None
@@ -621,6 +631,7 @@ class KVCacheClient:
         with self._lock:
             if self._attachment is attachment and not self._stop.is_set():
                 self._attachment = None
+                self._retired = [*(other for other in self._retired if not other.is_unmapped), attachment]
                 attachment.release()
 
     def _call(self, make: Callable[[Attachment], Request[R]], payload: Sequence[Buffer] = ()) -> R:
@@ -803,7 +814,10 @@ class KVCacheClient:
             except (UnreachableError, RemoteError) as exc:
                 logger.debug("the server did not take our goodbye: %s", exc)
             attachment.release()
-            attachment.join(UNMAP_SECONDS)
+            self._retired.append(attachment)
+        give_up_at = time.monotonic() + UNMAP_SECONDS
+        for attachment in self._retired:
+            attachment.join(max(0.0, give_up_at - time.monotonic()))
         self.mq.close()
 
     def __enter__(self) -> KVCacheClient:

@@ -62,6 +62,9 @@ SLOT_ALIGNMENT = 512
 class Pinned(Protocol):
     """What `CudaCopier` asks of the mapping that extents lie in: `pinning.PoolPinner` answers."""
 
+    def covers(self, address: int) -> bool:
+        """Tell whether the mapping has this address."""
+
     def is_pinned(self, address: int, num_bytes: int) -> bool:
         """Tell whether copies of this range are asynchronous and fast."""
 
@@ -75,6 +78,10 @@ class Pinned(Protocol):
 class Pageable:
     """Memory that is not pinned at all."""
 
+    def covers(self, address: int) -> bool:
+        """Yes."""
+        return True
+
     def is_pinned(self, address: int, num_bytes: int) -> bool:
         """No."""
         return False
@@ -86,6 +93,9 @@ class Pageable:
     def report(self, copied_bytes: int) -> PinReport:
         """Nothing."""
         return PinReport(unpinned_copied_bytes=copied_bytes)
+
+
+PAGEABLE = Pageable()
 
 
 @dataclass(frozen=True)
@@ -280,8 +290,9 @@ class CudaCopier(ChunkCopier):
         self._min_cut_blocks = MIN_CUT_BYTES // layout.block_bytes
         self._reading = threading.Lock()
         self._have_read = torch.cuda.Event()
-        # The pool's mapping; unpinned until somebody says otherwise.
-        self.pinned: Pinned = Pageable()
+        # The mapping of the pool, last; before it those of servers that have gone, through which chunks are still copied.
+        self.mappings: tuple[Pinned, ...] = ()
+        self._changing_mappings = threading.Lock()
         self.unpinned_bytes = 0
         self._warm_up()
         # This thread has one. In a new thread PyTorch takes the first device for chosen already, and makes none current.
@@ -302,12 +313,13 @@ class CudaCopier(ChunkCopier):
         """Pin a mapped pool in the background; any thread."""
         address, num_bytes = address_of(view.data), view.data.nbytes
         pinner = PoolPinner(self._driver, self._context, address, num_bytes, lambda: view.resident_bytes, is_computing)
-        self.pinned = pinner
+        with self._changing_mappings:
+            self.mappings = (*self.mappings, pinner)
         pinner.start()
 
         def undo() -> None:
-            if self.pinned is pinner:
-                self.pinned = Pageable()
+            with self._changing_mappings:
+                self.mappings = tuple(other for other in self.mappings if other is not pinner)
             pinner.close()
 
         return undo
@@ -324,7 +336,11 @@ class CudaCopier(ChunkCopier):
 
     def pin_report(self) -> PinReport:
         """Return how much of the mapped pool is pinned, and what was copied without."""
-        return self.pinned.report(self.unpinned_bytes)
+        mappings = self.mappings
+        return (mappings[-1] if mappings else PAGEABLE).report(self.unpinned_bytes)
+
+    def _mapping_of(self, address: int) -> Pinned:
+        return next((mapping for mapping in self.mappings if mapping.covers(address)), PAGEABLE)
 
     # -- device to host -----------------------------------------------------------------------------------------------
 
@@ -351,7 +367,8 @@ class CudaCopier(ChunkCopier):
         lane, transfer, is_beside_engine = self._stores, CudaTransfer(self._device), after is not None
         after = after or self.fence()
         starts = [address_of(extent) for extent in extents]
-        if is_beside_engine and not all(self.pinned.is_pinned(start, len(extents[0])) for start in starts):
+        mapping = self._mapping_of(starts[0])
+        if is_beside_engine and not all(mapping.is_pinned(start, len(extents[0])) for start in starts):
             # Such a copy blocks in the driver until it is done: not also until the step is.
             wait_for(after, TRANSFER_SECONDS, is_calm=True)
         slots: Iterator[Slot]
@@ -463,11 +480,11 @@ class CudaCopier(ChunkCopier):
             at += num_bytes
 
     def _wire_parts(self, starts: Sequence[int], length: int) -> Iterator[tuple[int, int, bool]]:
-        """Yield (address, bytes, is pinned) of the copies that the driver takes for ranges of the pool."""
-        pinned = self.pinned
+        """Yield (address, bytes, is pinned) of the copies that the driver takes for ranges of one mapping."""
+        mapping = self._mapping_of(starts[0])
         for address, num_bytes in runs(starts, length):
-            is_pinned = pinned.is_pinned(address, num_bytes)
-            for part, part_bytes in pinned.split(address, num_bytes):
+            is_pinned = mapping.is_pinned(address, num_bytes)
+            for part, part_bytes in mapping.split(address, num_bytes):
                 yield part, part_bytes, is_pinned
 
     def _begin_copy(

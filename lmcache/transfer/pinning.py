@@ -75,7 +75,6 @@ class PoolPinner:
         self._num_pinned = 0
         self._num_failed = 0
         self._stop = threading.Event()
-        self._looking = threading.Lock()
         self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "lmcache-populate")
         self._thread = threading.Thread(target=self._pin_all, name="lmcache-pin", daemon=True)
 
@@ -108,8 +107,12 @@ class PoolPinner:
         )
 
     def is_pinned(self, address: int, num_bytes: int) -> bool:
-        """Tell whether all of a range is pinned."""
+        """Tell whether all of a range of the mapping is pinned."""
         return self._piece_at(address + num_bytes - 1) < self._num_pinned
+
+    def covers(self, address: int) -> bool:
+        """Tell whether the mapping has this address."""
+        return self._address <= address < self._address + self._num_bytes
 
     def split(self, address: int, num_bytes: int) -> Iterator[tuple[int, int]]:
         """Yield a range in parts that lie in one piece each: the driver refuses copies across two."""
@@ -128,7 +131,7 @@ class PoolPinner:
             self._driver.use_context(self._context)
             while self._num_pinned:
                 self._num_pinned -= 1
-                with self._resting(UNPIN_REST_RATIO):
+                with self._resting(UNPIN_REST_RATIO, time.sleep):
                     self._driver.unregister(self._address + self._num_pinned * self._piece_bytes)
         except CudaError as exc:
             logger.debug("unpinning the pool: %s", exc)
@@ -139,36 +142,41 @@ class PoolPinner:
     def _length(self, index: int) -> int:
         return min(self._piece_bytes, self._num_bytes - index * self._piece_bytes)
 
-    def _enter(self, index: int) -> None:
-        """Enter a piece in the page table, once it is resident; where that fails, pinning says why, or does it slower."""
-        end = index * self._piece_bytes + self._length(index)
-        with self._looking:  # one of the threads is enough
-            while not self._stop.is_set() and self._resident_bytes() < end:
-                self._stop.wait(RESIDENT_POLL_SECONDS)
-        if not self._stop.is_set():
-            advise(self._address + index * self._piece_bytes, self._length(index), MADV_POPULATE_WRITE, STEP_BYTES)
-
     def _entered(self) -> Iterator[int]:
-        """Yield the pieces in their order, each once it is entered, until we are closed."""
-        for start in range(0, self._num_pieces, PIECES_AHEAD):
-            window = range(start, min(start + PIECES_AHEAD, self._num_pieces))
+        """Yield the pieces in their order, each once it is resident and entered in the page table, until we are closed."""
+        next_piece = 0
+        while next_piece < self._num_pieces and not self._stop.is_set():
+            window = range(next_piece, min(next_piece + PIECES_AHEAD, self._num_resident()))
             for index, _ in zip(window, self._threads.map(self._enter, window), strict=True):
                 if self._stop.is_set():
                     return
                 yield index
+            next_piece += len(window)
+            if not window:
+                self._stop.wait(RESIDENT_POLL_SECONDS)
+
+    def _num_resident(self) -> int:
+        """Return how many pieces, from the first one on, are resident."""
+        resident_bytes = self._resident_bytes()
+        return self._num_pieces if resident_bytes >= self._num_bytes else resident_bytes // self._piece_bytes
+
+    def _enter(self, index: int) -> None:
+        """Enter a piece in the page table; where that fails, pinning says why, or does it slower."""
+        if not self._stop.is_set():
+            advise(self._address + index * self._piece_bytes, self._length(index), MADV_POPULATE_WRITE, STEP_BYTES)
 
     def _pin(self, index: int) -> None:
-        with self._resting(PIN_REST_RATIO):
+        with self._resting(PIN_REST_RATIO, self._stop.wait):
             self._driver.register(self._address + index * self._piece_bytes, self._length(index))
             self._num_pinned += 1
 
     @contextmanager
-    def _resting(self, ratio: float) -> Iterator[None]:
+    def _resting(self, ratio: float, rest: Callable[[float], object]) -> Iterator[None]:
         """Leave the driver to the engine afterwards; from one piece to the next it would let nobody in between."""
         started_at = time.monotonic()
         yield
         if self._is_computing():
-            time.sleep(ratio * (time.monotonic() - started_at))
+            rest(ratio * (time.monotonic() - started_at))
 
     def _pin_all(self) -> None:
         with self._threads:

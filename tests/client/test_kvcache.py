@@ -11,7 +11,7 @@ from lmcache.client import kvcache
 from lmcache.client.kvcache import KVCacheClient, checksum
 from lmcache.errors import ChecksumError, DeadlineError, PoolError, RemoteError, StaleReadError, UnreachableError
 from lmcache.keys import KEY_BYTES, chunk_keys
-from lmcache.pool import PAGE_BYTES, Presence
+from lmcache.pool import PAGE_BYTES, Presence, client_path
 from lmcache.protocol import Clear, EndSession, Evict, FailureReason, Goodbye, HelloReply, NoopReply, PinReport, StoreOutcome
 from tests.fakes import Proxy, ScriptedPeer, reply_of, seconds
 from tests.pools import content, key, keys, server_in, status_of, wait_until
@@ -291,18 +291,23 @@ def test_whoever_lets_go_of_a_mapping_last_does_not_wait_until_it_is_unpinned_an
     attachment = borrowed._attachment
     borrowed.release()
     assert attachment.view.extent(0, PAGE_BYTES), "it cannot be unmapped before it is unpinned"
+    assert not client_path(attachment.view.path, attachment.client_id).exists(), "the server need not wait for that"
     may_end.set()
     attachment.join(30)
     assert not hasattr(attachment.view, "data")
 
 
-def test_closing_waits_until_the_mapping_is_unpinned_and_unmapped(server):
+def test_closing_waits_until_all_its_mappings_are_unpinned_and_unmapped(server):
     client, order = KVCacheClient(server.endpoints.zmq), []
-    view = client.attach().view
     client.watch_mapping(lambda _: lambda: (time.sleep(0.2), order.append("unpinned")))
+    attachments = []
+    for _ in range(3):
+        attachments.append(client.attach())
+        client._retire(attachments[-1])
+    attachments.append(client.attach())
     client.close()
-    assert order == ["unpinned"]
-    assert not hasattr(view, "data")
+    assert order == ["unpinned"] * 4
+    assert not any(hasattr(attachment.view, "data") for attachment in attachments)
 
 
 def test_reports_that_nobody_waits_for_do_not_pile_up_their_replies(server, pair):

@@ -145,7 +145,7 @@ def test_blocks_are_used_anew_only_after_a_store_that_still_waits_for_its_step_h
     pinner = PoolPinner(driver(), driver().current_context(), address_of(case.pool), len(case.pool))
     pinner.start()
     wait_until_pinned(pinner)
-    case.copier.pinned = pinner  # where it is not, the store waits for its step
+    case.copier.mappings = (pinner,)  # where it is not, the store waits for its step
     case.copier.gather(case.ids, extents)  # nothing is compiled or allocated any more
     for extent in extents:
         extent[:] = bytes(case.chunk_bytes)
@@ -205,7 +205,7 @@ def test_a_load_tells_what_is_left_and_holds_back_what_comes_after_it():
     pinner = PoolPinner(driver(), driver().current_context(), address_of(case.pool), len(case.pool))
     pinner.start()
     wait_until_pinned(pinner)
-    case.copier.pinned = pinner  # copies of what is not pinned are not handed over, but made
+    case.copier.mappings = (pinner,)  # copies of what is not pinned are not handed over, but made
     for number, extent in enumerate(extents):
         extent[:] = bytes([number + 1]) * case.chunk_bytes
     with torch.cuda.stream(case.copier._loads.copies):
@@ -255,7 +255,7 @@ def test_the_pool_is_pinned_in_pieces_and_copied_across_their_borders():
     try:
         assert (pinner.pinned_bytes, pinner.unpinned_bytes) == (10 * MIB, 0)
         case = Case(4, 64, 65536, 0, 4, seed=4, staging_bytes=8 * MIB)
-        case.copier.pinned = pinner
+        case.copier.mappings = (pinner,)
         extents = [pool[at : at + case.chunk_bytes] for at in range(3 * MIB, 3 * MIB + 6 * case.chunk_bytes, case.chunk_bytes)]
         case.copier.gather(case.ids[: 6 * case.size], extents)
         assert [bytes(extent) for extent in extents] == [bytes(extent) for extent in case.expected()[:6]]
@@ -289,7 +289,7 @@ def test_a_pool_of_which_only_a_part_can_be_pinned_is_copied_right_and_counted()
     pinner._thread.join(timeout=30)
     try:
         case = Case(4, 64, 65536, 0, 4, seed=6, staging_bytes=8 * MIB)
-        case.copier.pinned = pinner
+        case.copier.mappings = (pinner,)
         extents = [pool[at : at + case.chunk_bytes] for at in range(2 * MIB, 2 * MIB + 6 * case.chunk_bytes, case.chunk_bytes)]
         case.copier.gather(case.ids[: 6 * case.size], extents)
         assert [bytes(extent) for extent in extents] == [bytes(extent) for extent in case.expected()[:6]]
@@ -348,7 +348,8 @@ def test_a_pool_that_a_new_thread_maps_is_pinned():
     thread = threading.Thread(target=lambda: undo.append(case.copier.pin_pool(view)))
     thread.start()
     thread.join(timeout=60)
-    wait_until_pinned(case.copier.pinned)
-    pinned_bytes = case.copier.pinned.pinned_bytes
+    (pinner,) = case.copier.mappings
+    wait_until_pinned(pinner)
+    pinned_bytes = pinner.pinned_bytes
     undo[0]()
     assert pinned_bytes == len(case.pool)

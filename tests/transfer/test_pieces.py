@@ -14,7 +14,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from lmcache.transfer.cuda import cut_first, cut_last, pieces, runs  # noqa: E402
 from lmcache.transfer.driver import CudaError  # noqa: E402
-from lmcache.transfer.pinning import PoolPinner, address_of  # noqa: E402
+from lmcache.transfer.pinning import PIN_REST_RATIO, UNPIN_REST_RATIO, PoolPinner, address_of  # noqa: E402
 
 MIB = 1 << 20
 
@@ -144,17 +144,58 @@ def test_closing_ends_a_pinner_that_waits_for_the_server():
     assert not driver.registered
 
 
-@pytest.mark.parametrize("is_computing", [True, False])
-def test_beside_an_engine_that_computes_the_driver_rests_after_each_piece(monkeypatch, is_computing):
-    rests, driver = [], FakeDriver()
+class SlowDriver(FakeDriver):
+    """Takes a while for each piece, and keeps the times."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.ended = [], []
+
+    def register(self, address, num_bytes):
+        self._take_a_while()
+        super().register(address, num_bytes)
+
+    def unregister(self, address):
+        self._take_a_while()
+        super().unregister(address)
+
+    def _take_a_while(self):
+        self.begun.append(time.monotonic())
+        time.sleep(0.01)
+        self.ended.append(time.monotonic())
+
+
+def test_beside_an_engine_that_computes_the_driver_rests_after_each_piece():
+    driver = SlowDriver()
     pool = memoryview(mmap.mmap(-1, 12 * MIB))
-    pinner = PoolPinner(driver, "context", address_of(pool), len(pool), is_computing=lambda: is_computing, piece_bytes=4 * MIB)
-    monkeypatch.setattr("lmcache.transfer.pinning.time.sleep", rests.append)
-    pinner._pin_all()
+    pinner = PoolPinner(driver, "context", address_of(pool), len(pool), is_computing=lambda: True, piece_bytes=4 * MIB)
+    pinner.start()
+    wait_until_done(pinner)
     pinner.close()
-    assert len(rests) == (6 if is_computing else 0)
-    assert all(seconds > 0 for seconds in rests)
+    rests = [begun - ended for begun, ended in zip(driver.begun[1:], driver.ended, strict=False)]
+    assert all(rest >= PIN_REST_RATIO * 0.01 for rest in rests[:2])
+    assert all(rest >= UNPIN_REST_RATIO * 0.01 for rest in rests[3:])
     assert not driver.registered
+
+
+def test_closing_does_not_wait_for_the_drivers_rest(monkeypatch):
+    monkeypatch.setattr("lmcache.transfer.pinning.PIN_REST_RATIO", 1e6)
+    monkeypatch.setattr("lmcache.transfer.pinning.UNPIN_REST_RATIO", 0)
+    driver = SlowDriver()
+    pool = memoryview(mmap.mmap(-1, 12 * MIB))
+    pinner = PoolPinner(driver, "context", address_of(pool), len(pool), is_computing=lambda: True, piece_bytes=4 * MIB)
+    pinner.start()
+    wait_until(lambda: pinner.pinned_bytes)
+    pinner.close()
+    assert not pinner._thread.is_alive()
+    assert not driver.registered
+
+
+def test_of_a_mapping_each_address_is_known_and_none_beside_it():
+    pool, pinner = pinner_for(FakeDriver(), 10 * MIB)
+    start = address_of(pool)
+    assert [pinner.covers(start + offset) for offset in (-1, 0, 10 * MIB - 1, 10 * MIB)] == [False, True, True, False]
+    pinner.close()
 
 
 def num_resident(pool):
