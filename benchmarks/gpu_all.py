@@ -99,7 +99,7 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
         Part("lanes", benchmark("gpu_lanes"), 120, min_gpus=2),
         Part("engine", benchmark("gpu_engine", *engine), 600),
         Part("timeline", benchmark("gpu_timeline", *engine), 400),
-        Part("pinning", benchmark("gpu_pinning", *pinning), 400),
+        Part("pinning", benchmark("gpu_pinning", *pinning), 500),
     ]
 
 

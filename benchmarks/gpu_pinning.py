@@ -37,7 +37,7 @@ from lmcache.protocol import PinReport, Status
 from lmcache.transfer.driver import driver
 from lmcache.transfer.pinning import PoolPinner, address_of
 
-OUTPUT_TOKENS = 15_000
+OUTPUT_TOKENS = 24_000
 PROMPT_TOKENS = 512
 BASELINE_SECONDS = 3.0
 PINNING_SECONDS = 150.0
@@ -246,7 +246,7 @@ def main() -> None:
         folder = args.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
-        flags = ["--max-model-len", "16384", "--no-enforce-eager", *args.vllm_flags, *transfer_flags(f"tcp://127.0.0.1:{port}")]
+        flags = ["--max-model-len", "32768", "--no-enforce-eager", *args.vllm_flags, *transfer_flags(f"tcp://127.0.0.1:{port}")]
         engine = stack.enter_context(Engine("ours", args.model, folder, flags, engine_env("ours", folder)))
         engine.ask(make_prompt("warm up", PROMPT_TOKENS), 16)
         latency = measure_latency(engine, port, args.l1_gib, folder)

@@ -360,6 +360,11 @@ class PoolFile:
         """The open file."""
         return self._fd
 
+    @property
+    def is_removed(self) -> bool:
+        """Whether nobody can map it any more, because somebody has removed the file."""
+        return not os.fstat(self._fd).st_nlink
+
     def close(self, *, keep: bool = False) -> None:
         """Unmap; remove the file and its clients' files unless `keep` or the pool is persistent."""
         if not (keep or self.header.persistent):

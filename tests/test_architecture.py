@@ -95,6 +95,8 @@ BROAD_EXCEPTS = {
     ("server/service.py", "collect"),  # the same
     ("storage/l2/workers.py", "_run_job"),  # an adapter's bug, or its library's, costs one job
     ("metrics.py", "_export"),  # what fails in the exporter fails no request
+    ("client/kvcache.py", "_beat"),  # without it the engine would never have a cache again
+    ("client/kvcache.py", "_introduce_and_register"),  # gives the attachment back and raises again
     ("client/kvcache.py", "_call_once"),  # gives the attachment back and raises again
     ("cli/main.py", "_guarded"),  # a bug is one message and an exit code
     ("cli/prompts.py", "load_tokenizer"),  # the tokenizers library raises bare Exception

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lmcache.client.kvcache import KVCacheClient
     from lmcache.layout import KVLayout
+    from lmcache.pool import PoolView
     from lmcache.transfer.paged import PagedKV
 
 # A Llama 3.1 8B's: keys and values of a head and token are 2 x 128 numbers of 2 bytes; 8 heads, blocks of 16 tokens.
@@ -31,6 +32,9 @@ BLOCK_TOKENS = 16
 PIN_SECONDS = 60.0
 PIN_SECONDS_PER_GIB = 1.0
 PIN_POLL_SECONDS = 0.01
+# A server makes a GiB resident in 0.3 s. One that is short of memory stops.
+GROW_SECONDS = 5.0
+PIN_PIECE_BYTES = 32 << 20  # `transfer.pinning`'s, which cannot be imported without PyTorch
 PIN_NOTICE_SECONDS = 5.0
 GIB = 1 << 30
 
@@ -84,7 +88,8 @@ def open_paged_kv(
     kv = _load_paged_kv()(layout, chunk_bytes // layout.bytes_per_block, num_chunks, device)
     client.watch_mapping(kv.copier.pin_pool)
     view = client.attach().view
-    _wait_until_pinned(kv, view.data.nbytes if view is not None else 0, keep_waiting)
+    assert view is not None, "a client that is not inline has mapped the pool"
+    _wait_until_pinned(kv, view, keep_waiting)
     return kv
 
 
@@ -100,10 +105,17 @@ def _load_paged_kv() -> type[PagedKV]:
     return PagedKV
 
 
-def _wait_until_pinned(kv: PagedKV, pool_bytes: int, keep_waiting: Callable[[float], bool]) -> None:
+def _wait_until_pinned(kv: PagedKV, view: PoolView, keep_waiting: Callable[[float], bool]) -> None:
+    pool_bytes = view.data.nbytes
     seconds = PIN_SECONDS + PIN_SECONDS_PER_GIB * pool_bytes / GIB
     give_up_at = time.monotonic() + seconds
+    resident_bytes, grew_at = 0, 0.0
     while (state := kv.copier.pin_report()) is not None and not state.is_done:
+        if view.resident_bytes > resident_bytes:
+            resident_bytes, grew_at = view.resident_bytes, time.monotonic()
+        is_waiting = state.pinned_bytes + state.unpinned_bytes + PIN_PIECE_BYTES > resident_bytes
+        if is_waiting and time.monotonic() - grew_at > GROW_SECONDS:
+            return  # what is not resident by now is used by nobody
         if not keep_waiting(state.pinned_bytes / pool_bytes):
             return
         if time.monotonic() > give_up_at:

@@ -599,7 +599,11 @@ class KVCacheClient:
             attachment.release()
             raise
         if self._watch is not None:
-            attachment.watch(self._watch)
+            try:
+                attachment.watch(self._watch)
+            except BaseException:
+                attachment.release()
+                raise
         attachment.copied_before_bytes = self._copied_bytes
         self._attachment = attachment
         return attachment
@@ -711,6 +715,12 @@ class KVCacheClient:
                 self._down_reason = f"{found}; hint: {found.hint}" if found.hint else str(found)
                 self.note_failure(UnreachableError(self._down_reason))
                 wait, backoff = backoff, min(backoff * 2, BACKOFF_MAX_SECONDS)
+            except (
+                Exception
+            ) as exc:  # such as no memory, or no thread: without this one the engine would never have a cache again
+                self._down_reason = f"a heartbeat failed: {exc!r}"
+                logger.exception("a heartbeat failed; it goes on")
+                wait = BACKOFF_MAX_SECONDS
 
     def _beat_once(self, attachment: Attachment | None) -> float:
         with self._lock:

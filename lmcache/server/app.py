@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import os
 import secrets
 import signal
 import socket
@@ -38,6 +39,10 @@ logger = init_logger(__name__)
 
 # What malloc may keep for the next inline messages.
 KEPT_BYTES = 128 << 20
+# For as long a server waits for engines to let go of the last one's pool: 200 GiB take 100 s.
+ROOM_SECONDS = 180.0
+ROOM_POLL_SECONDS = 0.5
+ROOM_LOG_SECONDS = 10.0
 
 
 class RunningServer:
@@ -79,6 +84,42 @@ class RunningServer:
         self._owner.stop()
         self.service.sessions.close()
         self.service.storage.close()
+
+
+def wait_for_room(config: ServerConfig, stop: threading.Event) -> None:
+    """Return when engines have let go of the last server's pool, if that is what stands in the way of this one's.
+
+    They notice that a server has gone within 3 s, and take half a second a GiB to unpin and unmap its pool while they compute.
+    """
+    directory = Path(config.storage.pool_dir)
+    remove_stale_pools(directory)
+    give_up_at, told_at = time.monotonic() + ROOM_SECONDS, float("-inf")
+    while (held := sizing.held_bytes(directory)) and _fits_only_with(config, held) and time.monotonic() < give_up_at:
+        if time.monotonic() - told_at >= ROOM_LOG_SECONDS:
+            told_at = time.monotonic()
+            logger.info(
+                "waiting for room: removed files of %.2f GiB in %s are still mapped; engines will let go of an earlier pool",
+                held / sizing.GIB,
+                directory,
+            )
+        if stop.wait(ROOM_POLL_SECONDS):
+            return
+
+
+def _fits_only_with(config: ServerConfig, more_bytes: int) -> bool:
+    """Tell whether the pool that is to be made fits, but not before so much more is free."""
+    if not config.capacity_bytes or (config.storage.pool_name and _pool_path(config).exists()):
+        return False
+    num_slots = config.storage.max_chunks or sizing.default_slots(config.capacity_bytes)
+    outcomes = []
+    for soon_free_bytes in (0, more_bytes):
+        try:
+            directory, overcommits = Path(config.storage.pool_dir), config.storage.allow_overcommit
+            sizing.check_size(config.capacity_bytes, num_slots, directory, overcommits, soon_free_bytes)
+            outcomes.append(True)
+        except PoolSizeError:
+            outcomes.append(False)
+    return outcomes == [False, True]
 
 
 def start_server(config: ServerConfig) -> RunningServer:
@@ -259,10 +300,18 @@ def _adopt_pool(config: ServerConfig, path: Path) -> PoolFile | None:
         return None
     if config.capacity_bytes and pool.header.capacity_bytes != config.capacity_bytes:
         logger.warning(
-            "%s keeps its %.2f GiB; hint: remove the file to change its size",
+            "%s keeps its %.2f GiB; hint: stop the server and remove the file to change its size",
             path,
             pool.header.capacity_bytes / sizing.GIB,
         )
+    if config.storage.max_chunks and pool.header.num_slots != config.storage.max_chunks:
+        logger.warning(
+            "%s keeps its %d slots; hint: stop the server and remove the file to change that", path, pool.header.num_slots
+        )
+    try:
+        os.fchmod(pool.fileno(), config.storage.pool_mode)
+    except OSError as exc:
+        logger.warning("%s keeps its mode: %s; hint: its owner may change it", path, exc.strerror)
     return pool
 
 
@@ -330,6 +379,9 @@ def run(args: argparse.Namespace) -> int:
     config = config_from_args(args)
     configure_logging(config.telemetry.log_level, config.telemetry.log_format == "json")
     _keep_freed_memory()
+    wait_for_room(config, stop)
+    if stop.is_set():
+        return 0
     server = start_server(config)
     try:
         while not stop.wait(0.5):

@@ -237,7 +237,7 @@ class StorageManager:
     # -- health -------------------------------------------------------------------------------------------------------
 
     def problems(self) -> list[str]:
-        """Return why no chunk could be stored now; [] when one could. Allocates nothing that it keeps."""
+        """Return why no chunk could be stored now, or not as it should be. Allocates nothing that it keeps."""
         found = []
         l1 = self.l1
         evictable = l1.committed_pages - l1.pinned_pages
@@ -254,6 +254,8 @@ class StorageManager:
                 l1.allocator.free(start, PROBE_PAGES)
         if self.residency.failure:
             found.append(self.residency.failure)
+        if l1.pool.is_removed:
+            found.append(f"{l1.pool.path} was removed: engines that start from now on are slower; restart the server")
         return found
 
     def close(self, *, keep: bool = False) -> None:

@@ -286,7 +286,7 @@ class SlowPinning:
         pass
 
     def attach(self) -> SimpleNamespace:
-        return SimpleNamespace(view=SimpleNamespace(data=memoryview(bytes(10))))
+        return SimpleNamespace(view=SimpleNamespace(data=memoryview(bytes(10)), resident_bytes=10))
 
     def pin_report(self) -> PinReport:
         self.looks += 1
@@ -300,6 +300,7 @@ def open_slowly(monkeypatch: pytest.MonkeyPatch, pinned_after: float, keep_waiti
     fake = SlowPinning(pinned_after)
     monkeypatch.setattr(paged, "_load_paged_kv", lambda: fake)
     monkeypatch.setattr(paged, "PIN_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(paged, "PIN_PIECE_BYTES", 1)
     open_paged_kv(fake, MIB, 1, "cuda", keep_waiting)
 
 
@@ -309,6 +310,23 @@ def test_the_wait_for_pinning_tells_its_share_and_can_be_ended(monkeypatch: pyte
     assert shares == [0.5] * 3
     open_slowly(monkeypatch, float("inf"), lambda share: len(shares) < 10 and not shares.append(share))
     assert len(shares) == 10
+
+
+def test_the_wait_for_pinning_ends_where_the_pool_has_stopped_growing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(paged, "GROW_SECONDS", 0.1)
+    monkeypatch.setattr(
+        SlowPinning, "attach", lambda self: SimpleNamespace(view=SimpleNamespace(data=memoryview(bytes(10)), resident_bytes=5))
+    )
+    shares = []
+    open_slowly(monkeypatch, float("inf"), lambda share: not shares.append(share))
+    assert set(shares) == {0.5}
+
+
+def test_a_piece_is_as_long_as_who_pins_says():
+    pytest.importorskip("torch", reason="needs torch: make setup-vllm")
+    from lmcache.transfer import pinning
+
+    assert paged.PIN_PIECE_BYTES == pinning.PIECE_BYTES
 
 
 def test_the_wait_for_pinning_has_a_deadline(monkeypatch: pytest.MonkeyPatch):

@@ -456,6 +456,26 @@ def told_of(server):
     return [client["gpu_pins"] for client in status["clients"]], status["counters"]["unpinned_copied_bytes"]
 
 
+def test_a_heartbeat_outlives_what_nobody_foresaw_and_leaves_nothing_behind(server, monkeypatch, caplog):
+    """Such as that no thread is to be had: without it the engine would never have a cache again."""
+    monkeypatch.setattr(kvcache, "BACKOFF_MAX_SECONDS", 0.1)
+    fails = [True, True, False]
+
+    def watch(view):
+        if fails.pop(0):
+            raise RuntimeError("can't start new thread")
+        return lambda: None
+
+    with KVCacheClient(server.endpoints.zmq, heartbeat=True, heartbeat_seconds=0.1) as client:
+        wait_until(lambda: client._attachment is not None)
+        client._watch = watch
+        client._retire(client._attachment)
+        wait_until(lambda: not fails)
+        wait_until(lambda: client._attachment is not None)
+        wait_until(lambda: len(status_of(server)["clients"]) == 1)
+    assert "can't start new thread" in caplog.text
+
+
 def test_what_is_pinned_is_told_when_it_changes_and_nothing_copied_counts_twice(server):
     gpu = Gpu()
     with KVCacheClient(server.endpoints.zmq, heartbeat=True, heartbeat_seconds=0.02, kind="engine-worker") as client:

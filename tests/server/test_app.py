@@ -2,6 +2,10 @@
 
 import errno
 import os
+import signal
+import stat
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,10 +13,11 @@ import pytest
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import PoolSizeError, UsageError
 from lmcache.metrics import Metrics
-from lmcache.pool import PAGE_BYTES, PoolFile, Presence
-from lmcache.server.app import main, start_server
+from lmcache.pool import PAGE_BYTES, PoolFile, PoolView, Presence
+from lmcache.server.app import main, start_server, wait_for_room
 from lmcache.storage.sizing import Limit
-from tests.pools import content, keys, make_config, server_in, status_of
+from tests.pools import content, keys, make_config, server_in, status_of, wait_until
+from tests.server_process import LmcacheServer
 
 KEPT = {"pool_name": "kept", "leaves_pool": True}
 
@@ -162,6 +167,80 @@ def test_more_than_the_memory_at_hand_is_taken_only_when_asked_for(tmp_path, mon
         start_server(make_config(tmp_path))
     with server_in(tmp_path, allow_overcommit=True) as server:
         store(server, 1)
+
+
+def test_an_adopted_pool_gets_the_mode_that_is_asked_for_and_what_it_cannot_get_is_told(tmp_path, caplog):
+    with server_in(tmp_path, pool_mode=0o600, max_chunks=64, **KEPT):
+        pass
+    with server_in(tmp_path, pool_mode=0o660, max_chunks=128, **KEPT):
+        assert stat.S_IMODE(kept_pool(tmp_path).stat().st_mode) == 0o660
+    assert "keeps its 64 slots" in caplog.text
+    kept_pool(tmp_path).unlink()
+
+
+def test_a_server_whose_pools_file_was_removed_is_not_well(tmp_path):
+    """Engines that start from now on could only use the socket."""
+    with server_in(tmp_path) as server:
+        assert status_of(server)["problems"] == []
+        (pool,) = (path for path in tmp_path.iterdir() if path.name.startswith("lmcache-pool-") and ".client-" not in path.name)
+        pool.unlink()
+        (problem,) = status_of(server)["problems"]
+        assert f"{pool} was removed" in problem
+
+
+@pytest.mark.parametrize("ends_by", ["room", "stop", "time", "other reasons"])
+def test_a_server_waits_for_the_last_ones_pool_that_engines_still_map(tmp_path, monkeypatch, caplog, ends_by):
+    """Else it would refuse to start, and ask for a smaller pool, for the half minute that engines take to let go of 64 GiB."""
+    caplog.set_level("INFO")
+    held, stop, looks = [4 << 30], threading.Event(), []
+
+    def look(directory):
+        looks.append(directory)
+        if len(looks) == 3 and ends_by == "room":
+            held[0] = 0
+        if len(looks) == 3 and ends_by == "stop":
+            stop.set()
+        return held[0]
+
+    size = 1 << 30 if ends_by != "other reasons" else 100 << 30
+    monkeypatch.setattr(
+        "lmcache.storage.sizing.limits", lambda directory: [Limit("the host", (5 << 30) - held[0] - (512 << 20))]
+    )
+    monkeypatch.setattr("lmcache.storage.sizing.held_bytes", look)
+    monkeypatch.setattr("lmcache.server.app.ROOM_POLL_SECONDS", 0.01)
+    monkeypatch.setattr("lmcache.server.app.ROOM_SECONDS", 0.1 if ends_by == "time" else 60.0)
+    wait_for_room(make_config(tmp_path, l1_size_gb=size / 2**30), stop)
+    told = [record.getMessage() for record in caplog.records if "waiting for room" in record.getMessage()]
+    if ends_by == "other reasons":
+        assert (len(looks), told) == (1, [])
+    else:
+        assert len(looks) == 3 if ends_by != "time" else len(looks) > 3
+        assert len(told) == 1
+        assert "removed files of 4.00 GiB" in told[0]
+
+
+@pytest.fixture
+def small_memory(tmp_path):
+    """A real file system in memory, of 64 MiB."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(directory)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting is not permitted here")
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def test_a_restarted_server_starts_when_an_engine_has_let_go_of_the_pool_before(small_memory):
+    with LmcacheServer(["--pool-dir", str(small_memory)], l1_size_gb=40 / 1024) as server:
+        wait_until(lambda: server.status()["l1"]["resident_bytes"] == 40 << 20)
+        view = PoolView(Path(server.pool_path))
+        server.stop(signal.SIGTERM)
+        letting_go = threading.Timer(1.0, view.close)
+        letting_go.start()
+        server.start()
+        assert not letting_go.is_alive()
+        assert "waiting for room: removed files of 0.04 GiB" in server.log_text()
 
 
 def room_in(directory):

@@ -1,5 +1,6 @@
 """How large a pool may be, on machines that are described by files."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from lmcache.errors import PoolSizeError
 from lmcache.pool import PAGE_BYTES, PoolFile
 from lmcache.storage import sizing
-from lmcache.storage.sizing import GIB, MIN_RESERVE_BYTES, Limit
+from lmcache.storage.sizing import CGROUP_SHARE, GIB, MIN_RESERVE_BYTES, Limit
 from tests.pools import pool_path
 
 MIB = 1 << 20
@@ -46,7 +47,7 @@ class Machine:
     def room(self) -> int | None:
         """What the cgroup leaves, before the reserve."""
         found = [limit.num_bytes for limit in sizing.limits(SHM) if "cgroup" in limit.name]
-        return found[0] + MIN_RESERVE_BYTES if found else None
+        return round(found[0] / CGROUP_SHARE / MIB) * MIB + MIN_RESERVE_BYTES if found else None
 
 
 @pytest.fixture
@@ -172,6 +173,26 @@ def test_where_nothing_fits_the_hint_offers_no_size(machine: Machine):
     with pytest.raises(PoolSizeError) as caught:
         check(GIB)
     assert caught.value.hint == "free some of it, or pass --allow-overcommit"
+
+
+def test_a_size_fits_that_counts_on_what_is_soon_free(machine: Machine):
+    machine.has_memory(94 * GIB, 20 * GIB)
+    with pytest.raises(PoolSizeError):
+        sizing.check_size(40 * GIB, 1024, SHM)
+    sizing.check_size(40 * GIB, 1024, SHM, soon_free_bytes=30 * GIB)
+
+
+def test_what_removed_files_still_take_is_known_of_a_tmpfs_and_of_no_other_folder(tmp_path: Path):
+    name = SHM / f"lmcache-test-{os.getpid()}"
+    before = sizing.held_bytes(SHM)
+    with name.open("w+b") as file:
+        file.write(bytes(64 * MIB))
+        file.flush()
+        assert abs(sizing.held_bytes(SHM) - before) < 32 * MIB, "it is there to be seen"
+        name.unlink()
+        assert abs(sizing.held_bytes(SHM) - before - 64 * MIB) < 32 * MIB
+    assert abs(sizing.held_bytes(SHM) - before) < 32 * MIB
+    assert sizing.held_bytes(tmp_path) == 0
 
 
 def test_a_pools_file_takes_what_was_checked(tmp_path: Path):
