@@ -527,6 +527,8 @@ class PoolView:
             raise PoolError(f"cannot open {path}: {exc.strerror}") from exc
         try:
             self.header = _read_header(fd, path)
+            status = os.fstat(fd)
+            self.file_id = (status.st_dev, status.st_ino)
             offset = self.header.data_offset
             self._table = mmap.mmap(fd, offset, prot=mmap.PROT_READ)
             self._data = mmap.mmap(fd, self.header.capacity_bytes, offset=offset)

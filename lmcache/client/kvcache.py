@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ import msgspec
 import xxhash
 
 from lmcache import __version__
+from lmcache.client.mapping import PoolMapping, WatchMapping
 from lmcache.client.mq import DEFAULT_TIMEOUT_SECONDS, MessageQueueClient, ReplyFuture, diagnose
 from lmcache.errors import (
     ChecksumError,
@@ -80,8 +80,6 @@ INLINE_BATCH_BYTES = 32 << 20
 Buffer = bytes | bytearray | memoryview
 # (client id, checksums) -> the request
 MakePut = Callable[[str, list[int]], Put]
-# What is done with a pool that was mapped; returns how that is undone before it is unmapped.
-WatchMapping = Callable[[PoolView], Callable[[], None]]
 
 
 def checksum(data: Buffer) -> int:
@@ -93,32 +91,29 @@ class Attachment:
     """One introduction to one server life: the client id, the mapped pool and the proof that we live.
 
     It stays mapped and locked while any reservation or pin taken through it is in use, also after the server has changed:
-    a server that adopts the pool gives no extent away that this process may still be writing. Unpinning and unmapping 64 GiB
-    takes half a minute, and whoever releases it last may be an engine's main thread: so a thread of its own does that.
+    a server that adopts the pool gives no extent away that this process may still be writing.
     """
 
-    def __init__(self, hello: HelloReply, view: PoolView | None, presence: Presence | None) -> None:
+    def __init__(self, hello: HelloReply, mapping: PoolMapping | None, presence: Presence | None) -> None:
         self.client_id = hello.client
         self.boot = hello.boot
         self.chunk_size = hello.chunk_size
         self.lease_seconds = hello.lease_seconds
         self.pin_timeout_seconds = hello.pin_timeout_seconds
-        self.view = view
+        self.mapping = mapping
         self._presence = presence
         self._lock = threading.Lock()
         self._num_users = 1
         self.num_writers = 0
         """Reservations through which the pool may still be written."""
-        self._unwatch: Callable[[], None] | None = None
-        self._unmapped = threading.Event()
         # What this life of ours has told the server, and what was copied, and told, before it.
         self.told_pins: PinReport | None = None
         self.copied_before_bytes = 0
 
-    def watch(self, watch: WatchMapping) -> None:
-        """Tell of the mapping, if there is one, while the caller holds it; what `watch` returns is called before it goes."""
-        if self.view is not None and self._unwatch is None:
-            self._unwatch = watch(self.view)
+    @property
+    def view(self) -> PoolView | None:
+        """The pool, where it is mapped."""
+        return self.mapping.view if self.mapping is not None else None
 
     def try_acquire(self) -> bool:
         """Keep everything open until the matching `release`; False when it is closed already."""
@@ -132,37 +127,14 @@ class Attachment:
             self.num_writers += by
 
     def release(self) -> None:
-        """Undo one `try_acquire`, or the construction; the last one closes."""
+        """Undo one `try_acquire`, or the construction; the last one ends the proof of life, and lets go of the pool."""
         with self._lock:
             self._num_users -= 1
             is_last = self._num_users == 0
-        if not is_last:
-            return
-        if self._presence is not None:
+        if is_last and self._presence is not None:
             self._presence.close()
-        if sys.is_finalizing():  # then a thread may never begin
-            self._unmap()
-        else:
-            threading.Thread(target=self._unmap, name="lmcache-unmap", daemon=True).start()
-
-    def join(self, seconds: float) -> None:
-        """Wait until the pool is unmapped, if the last user has released it."""
-        if self._num_users == 0:
-            self._unmapped.wait(seconds)
-
-    @property
-    def is_unmapped(self) -> bool:
-        """Whether nothing is left to be closed."""
-        return self._unmapped.is_set()
-
-    def _unmap(self) -> None:
-        try:
-            if self._unwatch is not None:
-                self._unwatch()
-            if self.view is not None:
-                self.view.close()
-        finally:
-            self._unmapped.set()
+        if is_last and self.mapping is not None:
+            self.mapping.release()
 
 
 class Reservation:
@@ -494,7 +466,9 @@ class KVCacheClient:
         self._lock = threading.Lock()
         self._introducing = threading.Lock()
         self._attachment: Attachment | None = None
-        self._retired: list[Attachment] = []
+        # The pool of the last introduction, which the next one may find again; and those that may not be undone yet.
+        self._mapping: PoolMapping | None = None
+        self._mappings: list[PoolMapping] = []
         self._registration: Callable[[Attachment], RegisterKVCache] | None = None
         self._watch: WatchMapping | None = None
         self._ask_pins: Callable[[], PinReport | None] = lambda: None
@@ -560,7 +534,8 @@ class KVCacheClient:
             try:
                 attachment = self._attachment
                 if attachment is not None and attachment.try_acquire():
-                    attachment.watch(watch)
+                    if attachment.mapping is not None:
+                        attachment.mapping.watch(watch)
                     attachment.release()
             finally:
                 self._introducing.release()
@@ -598,9 +573,9 @@ class KVCacheClient:
         except LMCacheError:
             attachment.release()
             raise
-        if self._watch is not None:
+        if self._watch is not None and attachment.mapping is not None:
             try:
-                attachment.watch(self._watch)
+                attachment.mapping.watch(self._watch)
             except BaseException:
                 attachment.release()
                 raise
@@ -613,29 +588,46 @@ class KVCacheClient:
         if self._inline or not hello.pool_path:
             return Attachment(hello, None, None)
         path = Path(hello.pool_path)
-        view: PoolView | None = None
+        mapping: PoolMapping | None = None
         presence: Presence | None = None
         try:
-            view = PoolView(path)
+            mapping = self._map(path)
             presence = Presence(path, hello.client)
-            self.mq.call(Attach(client=hello.client, cookie=view.header.cookie))
-            return Attachment(hello, view, presence)
+            self.mq.call(Attach(client=hello.client, cookie=mapping.view.header.cookie))
+            return Attachment(hello, mapping, presence)
         except LMCacheError as exc:
-            if view is not None:
-                view.close()
             if presence is not None:
                 presence.close()
+            if mapping is not None:
+                mapping.release()
             if not isinstance(exc, (PoolError, RemoteError)):
                 raise
             logger.info("using the socket for chunks, the pool cannot be mapped: %s", exc)
             return Attachment(hello, None, None)
+
+    def _map(self, path: Path) -> PoolMapping:
+        """Return the pool's mapping, acquired: that of the last introduction, if it is the same file."""
+        mapping = self._mapping
+        if mapping is not None and mapping.is_of(path) and mapping.try_acquire():
+            return mapping
+        self._let_go_of_mapping()
+        self._mapping = mapping = PoolMapping(path)
+        self._mappings = [*(other for other in self._mappings if not other.is_undone), mapping]
+        mapping.try_acquire()
+        return mapping
+
+    def _let_go_of_mapping(self) -> None:
+        """Keep it only for those who use it."""
+        with self._lock:
+            mapping, self._mapping = self._mapping, None
+        if mapping is not None:
+            mapping.release()
 
     def _retire(self, attachment: Attachment) -> None:
         """End an introduction that is of no more use; while we leave it is `close` who ends it, with a goodbye."""
         with self._lock:
             if self._attachment is attachment and not self._stop.is_set():
                 self._attachment = None
-                self._retired = [*(other for other in self._retired if not other.is_unmapped), attachment]
                 attachment.release()
 
     def _call(self, make: Callable[[Attachment], Request[R]], payload: Sequence[Buffer] = ()) -> R:
@@ -695,32 +687,36 @@ class KVCacheClient:
 
     def _beat(self) -> None:
         """Heartbeat thread: renews the lease, notices a new boot id, tries again with back-off while the server is away."""
-        wait = 0.0
-        backoff = 0.1
+        wait, backoff = 0.0, 0.1
         while not self._stop.wait(wait):
             attachment = self._attachment
             try:
-                wait, backoff = self._beat_once(attachment), 0.1
-            except LMCacheError as exc:
-                if self._stop.is_set():
-                    return  # it was `close` that ended the wait
-                # Something else may answer there, now or later. Who was connected and is silent is frozen: no need to look.
-                is_worth_a_look = not self._down_reason or not isinstance(exc, DeadlineError)
-                self._down_reason = str(exc)
-                if attachment is not None and isinstance(exc, RemoteError) and exc.code == UNKNOWN_CLIENT:
-                    self._note_forgotten(attachment)
-                elif attachment is not None:
-                    self._retire(attachment)
-                found = (diagnose(self.mq.url) if is_worth_a_look else None) or exc
-                self._down_reason = f"{found}; hint: {found.hint}" if found.hint else str(found)
-                self.note_failure(UnreachableError(self._down_reason))
-                wait, backoff = backoff, min(backoff * 2, BACKOFF_MAX_SECONDS)
-            except (
-                Exception
-            ) as exc:  # such as no memory, or no thread: without this one the engine would never have a cache again
+                try:
+                    wait, backoff = self._beat_once(attachment), 0.1
+                except LMCacheError as exc:
+                    if self._stop.is_set():
+                        return  # it was `close` that ended the wait
+                    self._note_missed_beat(attachment, exc)
+                    wait, backoff = backoff, min(backoff * 2, BACKOFF_MAX_SECONDS)
+            except Exception as exc:  # no memory, or no thread: without this one the engine would never have a cache again
                 self._down_reason = f"a heartbeat failed: {exc!r}"
                 logger.exception("a heartbeat failed; it goes on")
                 wait = BACKOFF_MAX_SECONDS
+
+    def _note_missed_beat(self, attachment: Attachment | None, exc: LMCacheError) -> None:
+        # Something else may answer there, now or later. Who was connected and is silent is frozen: no need to look.
+        is_worth_a_look = not self._down_reason or not isinstance(exc, DeadlineError)
+        self._down_reason = str(exc)
+        if attachment is not None and isinstance(exc, RemoteError) and exc.code == UNKNOWN_CLIENT:
+            self._note_forgotten(attachment)
+        elif attachment is not None:
+            self._retire(attachment)
+        mapping = self._mapping
+        if mapping is not None and not mapping.is_of(mapping.view.path):
+            self._let_go_of_mapping()  # nobody will serve it again
+        found = (diagnose(self.mq.url) if is_worth_a_look else None) or exc
+        self._down_reason = f"{found}; hint: {found.hint}" if found.hint else str(found)
+        self.note_failure(UnreachableError(self._down_reason))
 
     def _beat_once(self, attachment: Attachment | None) -> float:
         with self._lock:
@@ -824,10 +820,10 @@ class KVCacheClient:
             except (UnreachableError, RemoteError) as exc:
                 logger.debug("the server did not take our goodbye: %s", exc)
             attachment.release()
-            self._retired.append(attachment)
+        self._let_go_of_mapping()
         give_up_at = time.monotonic() + UNMAP_SECONDS
-        for attachment in self._retired:
-            attachment.join(max(0.0, give_up_at - time.monotonic()))
+        for mapping in self._mappings:
+            mapping.join(max(0.0, give_up_at - time.monotonic()))
         self.mq.close()
 
     def __enter__(self) -> KVCacheClient:

@@ -293,7 +293,7 @@ def test_whoever_lets_go_of_a_mapping_last_does_not_wait_until_it_is_unpinned_an
     assert attachment.view.extent(0, PAGE_BYTES), "it cannot be unmapped before it is unpinned"
     assert not client_path(attachment.view.path, attachment.client_id).exists(), "the server need not wait for that"
     may_end.set()
-    attachment.join(30)
+    attachment.mapping.join(30)
     assert not hasattr(attachment.view, "data")
 
 
@@ -304,10 +304,41 @@ def test_closing_waits_until_all_its_mappings_are_unpinned_and_unmapped(server):
     for _ in range(3):
         attachments.append(client.attach())
         client._retire(attachments[-1])
+        client._let_go_of_mapping()
     attachments.append(client.attach())
     client.close()
     assert order == ["unpinned"] * 4
     assert not any(hasattr(attachment.view, "data") for attachment in attachments)
+
+
+def test_a_pool_stays_mapped_and_pinned_from_one_life_to_the_next_where_it_is_the_same_file(tmp_path):
+    """As after a restart over a kept pool, or a moment of silence: to pin 64 GiB anew takes a minute."""
+    port, events = free_port(), []
+
+    def watch(view):
+        events.append("pinned")
+        return lambda: events.append("unpinned")
+
+    with KVCacheClient(f"tcp://127.0.0.1:{port}", heartbeat=True, heartbeat_seconds=0.05) as client:
+        client.watch_mapping(watch)
+        lives = set()
+        for _ in range(2):
+            with server_in(tmp_path, port=port, leaves_pool=True, pool_name="kept"):
+                wait_until(lambda: client._attachment is not None)
+                lives.add((client.attach().client_id, client.attach().boot))
+                assert client.store(keys(1), chunks_of(1)) in ([STORED], [StoreOutcome.EXISTS])
+                with client.pin(keys(1)) as pinned:
+                    assert [bytes(extent) for extent in pinned.extents] == chunks_of(1)
+                    assert pinned.are_kept
+                    pinned.verify()
+            wait_until(lambda: client._attachment is None)
+        assert (len(lives), events) == (2, ["pinned"])
+        next(tmp_path.glob("lmcache-pool-kept")).unlink()
+        wait_until(lambda: events == ["pinned", "unpinned"])  # nobody will serve it again
+        with server_in(tmp_path, port=port, leaves_pool=True, pool_name="kept"):
+            wait_until(lambda: events == ["pinned", "unpinned", "pinned"])
+    assert events == ["pinned", "unpinned", "pinned", "unpinned"]
+    next(tmp_path.glob("lmcache-pool-kept")).unlink()
 
 
 def test_reports_that_nobody_waits_for_do_not_pile_up_their_replies(server, pair):
@@ -765,7 +796,7 @@ def test_a_pool_that_cannot_be_mapped_is_used_over_the_socket(server, monkeypatc
     def refuse(*args: object) -> None:
         raise PoolError("no such file: another container")
 
-    monkeypatch.setattr(kvcache, "PoolView", refuse)
+    monkeypatch.setattr("lmcache.client.mapping.PoolView", refuse)
     with KVCacheClient(server.endpoints.zmq) as client:
         assert client.is_inline
         assert client.store(keys(1), chunks_of(1)) == [STORED]

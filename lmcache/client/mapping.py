@@ -1,0 +1,87 @@
+"""A pool that is mapped into this process, shared by all lives of a client in which it is the same file.
+
+Comes in: the pool's path. Goes out: its `PoolView`, pinned once, as long as somebody uses it. A server that was restarted over
+its pool, or was only silent for a while, is a new life for its clients; to pin 64 GiB anew for that would take a minute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from lmcache.pool import PoolView
+
+# What is done with a pool that was mapped; returns how that is undone before it is unmapped.
+WatchMapping = Callable[[PoolView], Callable[[], None]]
+
+
+class PoolMapping:
+    """Unpinning and unmapping 64 GiB takes half a minute, and the last user may be an engine's main thread: so a thread of its
+    own does that.
+
+    Raises: PoolError when it cannot be mapped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.view = PoolView(path)
+        self._lock = threading.Lock()
+        self._num_users = 1
+        self._unwatch: Callable[[], None] | None = None
+        self._undone = threading.Event()
+
+    def watch(self, watch: WatchMapping) -> None:
+        """Tell of it, while the caller uses it, if that was not done; what `watch` returns is called before it goes."""
+        if self._unwatch is None:
+            self._unwatch = watch(self.view)
+
+    def is_of(self, path: Path) -> bool:
+        """Whether it is this file that is mapped, and not one that has been put in its place."""
+        try:
+            status = os.stat(path)
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self.view.file_id
+
+    def try_acquire(self) -> bool:
+        """Keep it until the matching `release`; False when it is being undone already."""
+        with self._lock:
+            self._num_users += self._num_users > 0
+            return self._num_users > 0
+
+    def release(self) -> None:
+        """Undo one `try_acquire`, or the construction; after the last one it is unpinned and unmapped."""
+        with self._lock:
+            self._num_users -= 1
+            is_last = self._num_users == 0
+        if is_last and not self._begin_to_undo():
+            self._undo()
+
+    def join(self, seconds: float) -> None:
+        """Wait until it is unmapped, if the last user has released it."""
+        if self._num_users == 0:
+            self._undone.wait(seconds)
+
+    @property
+    def is_undone(self) -> bool:
+        """Whether nothing is left of it."""
+        return self._undone.is_set()
+
+    def _begin_to_undo(self) -> bool:
+        if sys.is_finalizing():  # a thread would never begin, and Python 3.11 waits for that
+            return False
+        with contextlib.suppress(RuntimeError):  # no thread is to be had
+            threading.Thread(target=self._undo, name="lmcache-unmap", daemon=True).start()
+            return True
+        return False
+
+    def _undo(self) -> None:
+        try:
+            if self._unwatch is not None:
+                self._unwatch()
+            self.view.close()
+        finally:
+            self._undone.set()
