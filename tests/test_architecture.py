@@ -97,6 +97,7 @@ BROAD_EXCEPTS = {
     ("metrics.py", "_export"),  # what fails in the exporter fails no request
     ("client/kvcache.py", "_beat"),  # without it the engine would never have a cache again
     ("client/kvcache.py", "_introduce_and_register"),  # gives the attachment back and raises again
+    ("client/kvcache.py", "_introduce"),  # the same
     ("client/kvcache.py", "_call_once"),  # gives the attachment back and raises again
     ("cli/main.py", "_guarded"),  # a bug is one message and an exit code
     ("cli/prompts.py", "load_tokenizer"),  # the tokenizers library raises bare Exception

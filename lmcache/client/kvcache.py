@@ -131,10 +131,14 @@ class Attachment:
         with self._lock:
             self._num_users -= 1
             is_last = self._num_users == 0
-        if is_last and self._presence is not None:
-            self._presence.close()
-        if is_last and self.mapping is not None:
-            self.mapping.release()
+        if not is_last:
+            return
+        try:
+            if self._presence is not None:
+                self._presence.close()
+        finally:
+            if self.mapping is not None:
+                self.mapping.release()
 
 
 class Reservation:
@@ -534,9 +538,11 @@ class KVCacheClient:
             try:
                 attachment = self._attachment
                 if attachment is not None and attachment.try_acquire():
-                    if attachment.mapping is not None:
-                        attachment.mapping.watch(watch)
-                    attachment.release()
+                    try:
+                        if attachment.mapping is not None:
+                            attachment.mapping.watch(watch)
+                    finally:
+                        attachment.release()
             finally:
                 self._introducing.release()
 
@@ -567,18 +573,14 @@ class KVCacheClient:
         try:
             if self._registration is not None:
                 self.mq.call(self._registration(attachment))
+            if self._watch is not None and attachment.mapping is not None:
+                attachment.mapping.watch(self._watch)
         except RemoteError:
             self._attachment = attachment  # refused: known to the server, and of no use to this engine
             raise
-        except LMCacheError:
+        except BaseException:
             attachment.release()
             raise
-        if self._watch is not None and attachment.mapping is not None:
-            try:
-                attachment.mapping.watch(self._watch)
-            except BaseException:
-                attachment.release()
-                raise
         attachment.copied_before_bytes = self._copied_bytes
         self._attachment = attachment
         return attachment
@@ -595,13 +597,15 @@ class KVCacheClient:
             presence = Presence(path, hello.client)
             self.mq.call(Attach(client=hello.client, cookie=mapping.view.header.cookie))
             return Attachment(hello, mapping, presence)
-        except LMCacheError as exc:
-            if presence is not None:
-                presence.close()
-            if mapping is not None:
-                mapping.release()
+        except BaseException as exc:
+            with contextlib.ExitStack() as undo:
+                if mapping is not None:
+                    undo.callback(mapping.release)
+                if presence is not None:
+                    undo.callback(presence.close)
             if not isinstance(exc, (PoolError, RemoteError)):
                 raise
+            self._let_go_of_mapping()
             logger.info("using the socket for chunks, the pool cannot be mapped: %s", exc)
             return Attachment(hello, None, None)
 
@@ -611,17 +615,26 @@ class KVCacheClient:
         if mapping is not None and mapping.is_of(path) and mapping.try_acquire():
             return mapping
         self._let_go_of_mapping()
-        self._mapping = mapping = PoolMapping(path)
+        mapping = PoolMapping(path)
         self._mappings = [*(other for other in self._mappings if not other.is_undone), mapping]
-        mapping.try_acquire()
+        with self._lock:
+            if not self._stop.is_set() and mapping.try_acquire():
+                self._mapping = mapping
         return mapping
 
-    def _let_go_of_mapping(self) -> None:
-        """Keep it only for those who use it."""
+    def _let_go_of_mapping(self, unless_served: bool = False, is_gone: bool = False) -> None:
+        """Keep it only for those who use it.
+
+        Args:
+            unless_served: but not if a server may serve it again, as one that is silent, or the next one over a kept pool.
+            is_gone: the server that did has ended.
+        """
         with self._lock:
-            mapping, self._mapping = self._mapping, None
-        if mapping is not None:
-            mapping.release()
+            mapping = self._mapping
+            if mapping is None or (unless_served and mapping.may_be_served_again(is_gone)):
+                return
+            self._mapping = None
+        mapping.release()
 
     def _retire(self, attachment: Attachment) -> None:
         """End an introduction that is of no more use; while we leave it is `close` who ends it, with a goodbye."""
@@ -699,8 +712,9 @@ class KVCacheClient:
                     self._note_missed_beat(attachment, exc)
                     wait, backoff = backoff, min(backoff * 2, BACKOFF_MAX_SECONDS)
             except Exception as exc:  # no memory, or no thread: without this one the engine would never have a cache again
-                self._down_reason = f"a heartbeat failed: {exc!r}"
-                logger.exception("a heartbeat failed; it goes on")
+                if self._attachment is None:
+                    self._down_reason = f"a heartbeat failed: {exc!r}"
+                self._log.warning("heartbeat", f"a heartbeat failed, and is tried again: {exc!r}")
                 wait = BACKOFF_MAX_SECONDS
 
     def _note_missed_beat(self, attachment: Attachment | None, exc: LMCacheError) -> None:
@@ -711,9 +725,7 @@ class KVCacheClient:
             self._note_forgotten(attachment)
         elif attachment is not None:
             self._retire(attachment)
-        mapping = self._mapping
-        if mapping is not None and not mapping.is_of(mapping.view.path):
-            self._let_go_of_mapping()  # nobody will serve it again
+        self._let_go_of_mapping(unless_served=True, is_gone=not isinstance(exc, DeadlineError))
         found = (diagnose(self.mq.url) if is_worth_a_look else None) or exc
         self._down_reason = f"{found}; hint: {found.hint}" if found.hint else str(found)
         self.note_failure(UnreachableError(self._down_reason))

@@ -46,6 +46,10 @@ class PoolMapping:
             return False
         return (status.st_dev, status.st_ino) == self.view.file_id
 
+    def may_be_served_again(self, is_gone: bool) -> bool:
+        """Whether a server may offer this file: the one that did, unless it `is_gone`, or the next one over a kept pool."""
+        return self.is_of(self.view.path) and (self.view.header.persistent or not is_gone)
+
     def try_acquire(self) -> bool:
         """Keep it until the matching `release`; False when it is being undone already."""
         with self._lock:

@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -39,8 +40,9 @@ logger = init_logger(__name__)
 
 # What malloc may keep for the next inline messages.
 KEPT_BYTES = 128 << 20
-# For as long a server waits for engines to let go of the last one's pool: 200 GiB take 100 s.
-ROOM_SECONDS = 180.0
+# For so long a server waits for engines to let go of the last one's pool, and so much more for each GiB of it.
+ROOM_SECONDS = 10.0
+ROOM_SECONDS_PER_GIB = 1.0
 ROOM_POLL_SECONDS = 0.5
 ROOM_LOG_SECONDS = 10.0
 
@@ -93,11 +95,13 @@ def wait_for_room(config: ServerConfig, stop: threading.Event) -> None:
     """
     directory = Path(config.storage.pool_dir)
     remove_stale_pools(directory)
-    give_up_at, told_at = time.monotonic() + ROOM_SECONDS, float("-inf")
-    while (held := sizing.held_bytes(directory)) and _fits_only_with(config, held) and time.monotonic() < give_up_at:
+    began_at, told_at = time.monotonic(), float("-inf")
+    while (held := sizing.held_bytes(directory)) and _fits_only_with(config, held):
+        if time.monotonic() - began_at > ROOM_SECONDS + ROOM_SECONDS_PER_GIB * held / sizing.GIB:
+            return  # they are somebody else's
         if time.monotonic() - told_at >= ROOM_LOG_SECONDS:
             told_at = time.monotonic()
-            logger.info(
+            logger.warning(
                 "waiting for room: removed files of %.2f GiB in %s are still mapped; engines will let go of an earlier pool",
                 held / sizing.GIB,
                 directory,
@@ -309,7 +313,8 @@ def _adopt_pool(config: ServerConfig, path: Path) -> PoolFile | None:
             "%s keeps its %d slots; hint: stop the server and remove the file to change that", path, pool.header.num_slots
         )
     try:
-        os.fchmod(pool.fileno(), config.storage.pool_mode)
+        if stat.S_IMODE(os.fstat(pool.fileno()).st_mode) != config.storage.pool_mode:
+            os.fchmod(pool.fileno(), config.storage.pool_mode)
     except OSError as exc:
         logger.warning("%s keeps its mode: %s; hint: its owner may change it", path, exc.strerror)
     return pool
@@ -325,6 +330,13 @@ def _remove(path: Path) -> None:
 def _create_pool(config: ServerConfig, path: Path) -> PoolFile:
     capacity_bytes = config.capacity_bytes or sizing.default_capacity_bytes(path.parent)
     num_slots = config.storage.max_chunks or sizing.default_slots(capacity_bytes)
+    held = 0 if config.capacity_bytes else sizing.held_bytes(path.parent)
+    if held > capacity_bytes:
+        logger.warning(
+            "L1 gets %.2f GiB of what is free, while removed files that are still mapped take %.2f; hint: set --l1-size-gb",
+            capacity_bytes / sizing.GIB,
+            held / sizing.GIB,
+        )
     sizing.check_size(capacity_bytes, num_slots, path.parent, config.storage.allow_overcommit)
     try:
         return PoolFile.create(

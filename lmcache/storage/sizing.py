@@ -89,22 +89,34 @@ def check_size(
 def held_bytes(directory: Path) -> int:
     """Return what files take that were removed and are still mapped: pools that engines have not let go of yet.
 
-    0 where that cannot be told, because the folder is no tmpfs of its own.
+    0 where that cannot be told: the folder is not the root of a tmpfs, or some of it cannot be read.
     """
+
+    def give_up(exc: OSError) -> None:
+        raise exc
+
+    found = {}
     try:
-        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-        if not any(mount[1:3] == [str(directory.resolve()), "tmpfs"] for mount in mounts):
+        if not _is_tmpfs(directory):
             return 0
         status = os.statvfs(directory)
-        found = {}
-        for folder, _, names in os.walk(directory):
+        for folder, _, names in os.walk(directory, onerror=give_up):
             for name in names:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(FileNotFoundError):
                     one = os.lstat(Path(folder, name))
                     found[one.st_ino] = one.st_blocks * 512
     except OSError:
         return 0
     return max(0, (status.f_blocks - status.f_bfree) * status.f_frsize - sum(found.values()))
+
+
+def _is_tmpfs(directory: Path) -> bool:
+    """Tell whether a tmpfs is mounted here, all of it."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, file_system = line.partition(" - ")
+        if mount.split()[3:5] == ["/", str(directory.resolve())] and file_system.split()[0] == "tmpfs":
+            return True
+    return False
 
 
 def _is_file_system(limit: Limit) -> bool:

@@ -313,9 +313,9 @@ class CudaCopier(ChunkCopier):
         """Pin a mapped pool in the background; any thread."""
         address, num_bytes = address_of(view.data), view.data.nbytes
         pinner = PoolPinner(self._driver, self._context, address, num_bytes, lambda: view.resident_bytes, is_computing)
+        pinner.start()
         with self._changing_mappings:
             self.mappings = (*self.mappings, pinner)
-        pinner.start()
 
         def undo() -> None:
             with self._changing_mappings:

@@ -192,7 +192,7 @@ class PoolPinner:
                     told_at = time.monotonic()
                     done_bytes, whole = self.pinned_bytes, self._num_bytes
                     logger.info("pinning the pool: %d %% of %.2f GiB", 100 * done_bytes // whole, whole / 2**30)
-        except CudaError as exc:
+        except (CudaError, RuntimeError) as exc:  # or no thread is to be had
             self._num_failed = self._num_pieces - self._num_pinned
             logger.warning(
                 "%.2f of %.2f GiB of the pool cannot be pinned and are copied slower: %s; %s",

@@ -1,8 +1,11 @@
 """Storing and retrieving through a real server: both paths, restarts, late and missing replies, and bytes that changed."""
 
 import contextlib
+import os
+import signal
 import threading
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -16,7 +19,7 @@ from lmcache.protocol import Clear, EndSession, Evict, FailureReason, Goodbye, H
 from tests.fakes import Proxy, ScriptedPeer, reply_of, seconds
 from tests.pools import content, key, keys, server_in, status_of, wait_until
 from tests.server.harness import LAYOUT, namespace
-from tests.server_process import free_port
+from tests.server_process import LmcacheServer, free_port
 
 STORED = StoreOutcome.RESERVED
 
@@ -339,6 +342,50 @@ def test_a_pool_stays_mapped_and_pinned_from_one_life_to_the_next_where_it_is_th
             wait_until(lambda: events == ["pinned", "unpinned", "pinned"])
     assert events == ["pinned", "unpinned", "pinned", "unpinned"]
     next(tmp_path.glob("lmcache-pool-kept")).unlink()
+
+
+def test_the_pool_of_a_server_that_was_killed_is_let_go_of_although_its_file_is_still_there():
+    """Nobody will serve it again; the next server would find no room beside it."""
+    undone = threading.Event()
+    with LmcacheServer() as server, KVCacheClient(server.zmq_url, heartbeat=True, heartbeat_seconds=0.05) as client:
+        client.watch_mapping(lambda view: undone.set)
+        client.attach()
+        os.kill(server.pid, signal.SIGKILL)
+        assert undone.wait(30)
+        assert Path(server.pool_path).exists()
+        server.kill()  # removes it
+
+
+def test_a_life_that_falls_back_to_the_socket_keeps_no_pool_mapped(server, monkeypatch):
+    with KVCacheClient(server.endpoints.zmq) as client:
+        mapping = client.attach().mapping
+        monkeypatch.setattr(kvcache, "Presence", lambda path, client_id: Presence(path, "f" * 32))
+        client._retire(client.attach())
+        assert client.is_inline
+        mapping.join(30)
+        assert mapping.is_undone
+
+
+@pytest.mark.parametrize("where", ["Attach", "Presence", "watch"])
+def test_what_nobody_foresaw_while_introducing_leaves_neither_a_mapping_nor_a_proof_of_life(server, monkeypatch, where):
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with KVCacheClient(server.endpoints.zmq) as client:
+        with monkeypatch.context() as patch:
+            if where == "watch":
+                client._watch = fail
+            else:
+                patch.setattr(kvcache, where, fail)
+            for _ in range(3):
+                with pytest.raises(MemoryError):
+                    client.attach()
+        client._watch = None
+        mapping = client._mapping
+        client._let_go_of_mapping()
+        mapping.join(30)
+        assert mapping.is_undone
+        wait_until(lambda: not any(known["mapped"] for known in status_of(server)["clients"]))
 
 
 def test_reports_that_nobody_waits_for_do_not_pile_up_their_replies(server, pair):

@@ -15,6 +15,7 @@ from lmcache.errors import PoolSizeError, UsageError
 from lmcache.metrics import Metrics
 from lmcache.pool import PAGE_BYTES, PoolFile, PoolView, Presence
 from lmcache.server.app import main, start_server, wait_for_room
+from lmcache.storage import sizing
 from lmcache.storage.sizing import Limit
 from tests.pools import content, keys, make_config, server_in, status_of, wait_until
 from tests.server_process import LmcacheServer
@@ -208,7 +209,8 @@ def test_a_server_waits_for_the_last_ones_pool_that_engines_still_map(tmp_path, 
     )
     monkeypatch.setattr("lmcache.storage.sizing.held_bytes", look)
     monkeypatch.setattr("lmcache.server.app.ROOM_POLL_SECONDS", 0.01)
-    monkeypatch.setattr("lmcache.server.app.ROOM_SECONDS", 0.1 if ends_by == "time" else 60.0)
+    monkeypatch.setattr("lmcache.server.app.ROOM_SECONDS", 1.0 if ends_by == "time" else 60.0)
+    monkeypatch.setattr("lmcache.server.app.ROOM_SECONDS_PER_GIB", 0.0)
     wait_for_room(make_config(tmp_path, l1_size_gb=size / 2**30), stop)
     told = [record.getMessage() for record in caplog.records if "waiting for room" in record.getMessage()]
     if ends_by == "other reasons":
@@ -229,6 +231,32 @@ def small_memory(tmp_path):
         pytest.skip("mounting is not permitted here")
     yield directory
     subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def test_what_removed_files_still_take_is_known_of_a_file_system_in_memory_and_of_no_other_folder(small_memory, tmp_path):
+    assert sizing.held_bytes(small_memory) == 0
+    name = small_memory / "file"
+    with name.open("w+b") as file:
+        file.write(bytes(16 << 20))
+        file.flush()
+        assert sizing.held_bytes(small_memory) == 0, "it is there to be seen"
+        name.unlink()
+        assert sizing.held_bytes(small_memory) == 16 << 20
+        (small_memory / "folder").mkdir()
+        assert sizing.held_bytes(small_memory / "folder") == sizing.held_bytes(tmp_path) == 0
+    assert sizing.held_bytes(small_memory) == 0
+
+
+def test_a_part_of_a_file_system_says_nothing_of_the_rest(small_memory, tmp_path):
+    (small_memory / "file").write_bytes(bytes(1 << 20))
+    (small_memory / "part").mkdir()
+    part = tmp_path / "part"
+    part.mkdir()
+    subprocess.run(["mount", "--bind", str(small_memory / "part"), str(part)], check=True)
+    try:
+        assert sizing.held_bytes(part) == 0
+    finally:
+        subprocess.run(["umount", str(part)], check=True)
 
 
 def test_a_restarted_server_starts_when_an_engine_has_let_go_of_the_pool_before(small_memory):

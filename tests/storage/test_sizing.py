@@ -1,6 +1,5 @@
 """How large a pool may be, on machines that are described by files."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -180,19 +179,6 @@ def test_a_size_fits_that_counts_on_what_is_soon_free(machine: Machine):
     with pytest.raises(PoolSizeError):
         sizing.check_size(40 * GIB, 1024, SHM)
     sizing.check_size(40 * GIB, 1024, SHM, soon_free_bytes=30 * GIB)
-
-
-def test_what_removed_files_still_take_is_known_of_a_tmpfs_and_of_no_other_folder(tmp_path: Path):
-    name = SHM / f"lmcache-test-{os.getpid()}"
-    before = sizing.held_bytes(SHM)
-    with name.open("w+b") as file:
-        file.write(bytes(64 * MIB))
-        file.flush()
-        assert abs(sizing.held_bytes(SHM) - before) < 32 * MIB, "it is there to be seen"
-        name.unlink()
-        assert abs(sizing.held_bytes(SHM) - before - 64 * MIB) < 32 * MIB
-    assert abs(sizing.held_bytes(SHM) - before) < 32 * MIB
-    assert sizing.held_bytes(tmp_path) == 0
 
 
 def test_a_pools_file_takes_what_was_checked(tmp_path: Path):
