@@ -1,12 +1,15 @@
 """Small pools, managers and in-process servers that tests open, with what they must look like afterwards."""
 
 import hashlib
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from lmcache.client.mq import MessageQueueClient
 from lmcache.keys import KEY_BYTES
@@ -41,6 +44,17 @@ def keys(*numbers: int) -> bytes:
 def pool_path(directory: Path, name: str = "test") -> Path:
     """Where a test's pool lies."""
     return directory / f"{NAME_PREFIX}{name}"
+
+
+@contextmanager
+def file_system_in_memory(directory: Path, size: str) -> Iterator[Path]:
+    """A real one, mounted on a new folder; the test is skipped where that is not permitted."""
+    directory.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(directory)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)  # also after a failure that left a pool mapped
 
 
 def wait_until(condition: Callable[[], Any], what: str = "the condition") -> None:

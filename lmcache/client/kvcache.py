@@ -21,7 +21,7 @@ import msgspec
 import xxhash
 
 from lmcache import __version__
-from lmcache.client.mapping import PoolMapping, WatchMapping
+from lmcache.client.mapping import PoolMapping, Shared, WatchMapping
 from lmcache.client.mq import DEFAULT_TIMEOUT_SECONDS, MessageQueueClient, ReplyFuture, diagnose
 from lmcache.errors import (
     ChecksumError,
@@ -87,7 +87,7 @@ def checksum(data: Buffer) -> int:
     return xxhash.xxh3_64_intdigest(data) or 1
 
 
-class Attachment:
+class Attachment(Shared):
     """One introduction to one server life: the client id, the mapped pool and the proof that we live.
 
     It stays mapped and locked while any reservation or pin taken through it is in use, also after the server has changed:
@@ -95,6 +95,7 @@ class Attachment:
     """
 
     def __init__(self, hello: HelloReply, mapping: PoolMapping | None, presence: Presence | None) -> None:
+        super().__init__()
         self.client_id = hello.client
         self.boot = hello.boot
         self.chunk_size = hello.chunk_size
@@ -102,8 +103,6 @@ class Attachment:
         self.pin_timeout_seconds = hello.pin_timeout_seconds
         self.mapping = mapping
         self._presence = presence
-        self._lock = threading.Lock()
-        self._num_users = 1
         self.num_writers = 0
         """Reservations through which the pool may still be written."""
         # What this life of ours has told the server, and what was copied, and told, before it.
@@ -115,24 +114,13 @@ class Attachment:
         """The pool, where it is mapped."""
         return self.mapping.view if self.mapping is not None else None
 
-    def try_acquire(self) -> bool:
-        """Keep everything open until the matching `release`; False when it is closed already."""
-        with self._lock:
-            self._num_users += self._num_users > 0
-            return self._num_users > 0
-
     def count_writer(self, by: int) -> None:
         """One reservation more, or less."""
         with self._lock:
             self.num_writers += by
 
-    def release(self) -> None:
-        """Undo one `try_acquire`, or the construction; the last one ends the proof of life, and lets go of the pool."""
-        with self._lock:
-            self._num_users -= 1
-            is_last = self._num_users == 0
-        if not is_last:
-            return
+    def _close(self) -> None:
+        """End the proof of life, and let go of the pool."""
         try:
             if self._presence is not None:
                 self._presence.close()

@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,33 @@ from lmcache.pool import PoolView
 WatchMapping = Callable[[PoolView], Callable[[], None]]
 
 
-class PoolMapping:
+class Shared(ABC):
+    """What has users: whoever makes it is the first, and the last one to release it closes it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_users = 1
+
+    def try_acquire(self) -> bool:
+        """Keep it open until the matching `release`; False when it is closed already."""
+        with self._lock:
+            self._num_users += self._num_users > 0
+            return self._num_users > 0
+
+    def release(self) -> None:
+        """Undo one `try_acquire`, or the construction."""
+        with self._lock:
+            self._num_users -= 1
+            is_last = self._num_users == 0
+        if is_last:
+            self._close()
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Nobody uses it any more."""
+
+
+class PoolMapping(Shared):
     """Unpinning and unmapping 64 GiB takes half a minute, and the last user may be an engine's main thread: so a thread of its
     own does that.
 
@@ -27,9 +54,8 @@ class PoolMapping:
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.view = PoolView(path)
-        self._lock = threading.Lock()
-        self._num_users = 1
         self._unwatch: Callable[[], None] | None = None
         self._undone = threading.Event()
 
@@ -50,20 +76,6 @@ class PoolMapping:
         """Whether a server may offer this file: the one that did, unless it `is_gone`, or the next one over a kept pool."""
         return self.is_of(self.view.path) and (self.view.header.persistent or not is_gone)
 
-    def try_acquire(self) -> bool:
-        """Keep it until the matching `release`; False when it is being undone already."""
-        with self._lock:
-            self._num_users += self._num_users > 0
-            return self._num_users > 0
-
-    def release(self) -> None:
-        """Undo one `try_acquire`, or the construction; after the last one it is unpinned and unmapped."""
-        with self._lock:
-            self._num_users -= 1
-            is_last = self._num_users == 0
-        if is_last and not self._begin_to_undo():
-            self._undo()
-
     def join(self, seconds: float) -> None:
         """Wait until it is unmapped, if the last user has released it."""
         if self._num_users == 0:
@@ -73,6 +85,10 @@ class PoolMapping:
     def is_undone(self) -> bool:
         """Whether nothing is left of it."""
         return self._undone.is_set()
+
+    def _close(self) -> None:
+        if not self._begin_to_undo():
+            self._undo()
 
     def _begin_to_undo(self) -> bool:
         if sys.is_finalizing():  # a thread would never begin, and Python 3.11 waits for that

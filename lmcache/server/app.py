@@ -96,7 +96,7 @@ def wait_for_room(config: ServerConfig, stop: threading.Event) -> None:
     directory = Path(config.storage.pool_dir)
     remove_stale_pools(directory)
     began_at, told_at = time.monotonic(), float("-inf")
-    while (held := sizing.held_bytes(directory)) and _fits_only_with(config, held):
+    while 0 < _lacking_bytes(config) <= (held := sizing.held_bytes(directory)):
         if time.monotonic() - began_at > ROOM_SECONDS + ROOM_SECONDS_PER_GIB * held / sizing.GIB:
             return  # they are somebody else's
         if time.monotonic() - told_at >= ROOM_LOG_SECONDS:
@@ -110,20 +110,13 @@ def wait_for_room(config: ServerConfig, stop: threading.Event) -> None:
             return
 
 
-def _fits_only_with(config: ServerConfig, more_bytes: int) -> bool:
-    """Tell whether the pool that is to be made fits, but not before so much more is free."""
+def _lacking_bytes(config: ServerConfig) -> int:
+    """Return how much more must be free for the pool that is to be made; 0 where none is, or its size is not given."""
     if not config.capacity_bytes or (config.storage.pool_name and _pool_path(config).exists()):
-        return False
+        return 0
     num_slots = config.storage.max_chunks or sizing.default_slots(config.capacity_bytes)
-    outcomes = []
-    for soon_free_bytes in (0, more_bytes):
-        try:
-            directory, overcommits = Path(config.storage.pool_dir), config.storage.allow_overcommit
-            sizing.check_size(config.capacity_bytes, num_slots, directory, overcommits, soon_free_bytes)
-            outcomes.append(True)
-        except PoolSizeError:
-            outcomes.append(False)
-    return outcomes == [False, True]
+    directory, overcommits = Path(config.storage.pool_dir), config.storage.allow_overcommit
+    return sizing.lacking_bytes(config.capacity_bytes, num_slots, directory, overcommits)
 
 
 def start_server(config: ServerConfig) -> RunningServer:

@@ -68,22 +68,27 @@ def limits(directory: Path) -> list[Limit]:
     return found
 
 
-def check_size(
-    capacity_bytes: int, num_slots: int, directory: Path, allow_overcommit: bool = False, soon_free_bytes: int = 0
-) -> None:
+def check_size(capacity_bytes: int, num_slots: int, directory: Path, allow_overcommit: bool = False) -> None:
     """Return if a pool of this size fits.
 
-    Args:
-        soon_free_bytes: what is taken now and may be counted on.
     Raises: PoolSizeError that names what is too small and the largest size that fits.
     """
-    binding = [limit for limit in limits(directory) if _is_file_system(limit) or not allow_overcommit]
-    tightest = min(binding, key=lambda limit: limit.num_bytes)
-    if file_bytes(capacity_bytes, num_slots) > tightest.num_bytes + soon_free_bytes:
+    tightest = _tightest(directory, allow_overcommit)
+    if file_bytes(capacity_bytes, num_slots) > tightest.num_bytes:
         raise PoolSizeError(
             f"an L1 of {capacity_bytes / GIB:.2f} GiB does not fit: {tightest.name} is {tightest.num_bytes / GIB:.2f} GiB",
             hint=_size_hint(tightest, _largest_that_fits(tightest.num_bytes, capacity_bytes, num_slots)),
         )
+
+
+def lacking_bytes(capacity_bytes: int, num_slots: int, directory: Path, allow_overcommit: bool = False) -> int:
+    """Return how much more must be free for a pool of this size; 0 when it fits."""
+    return max(0, file_bytes(capacity_bytes, num_slots) - _tightest(directory, allow_overcommit).num_bytes)
+
+
+def _tightest(directory: Path, allow_overcommit: bool) -> Limit:
+    binding = [limit for limit in limits(directory) if _is_file_system(limit) or not allow_overcommit]
+    return min(binding, key=lambda limit: limit.num_bytes)
 
 
 def held_bytes(directory: Path) -> int:

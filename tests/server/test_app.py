@@ -17,7 +17,7 @@ from lmcache.pool import PAGE_BYTES, PoolFile, PoolView, Presence
 from lmcache.server.app import main, start_server, wait_for_room
 from lmcache.storage import sizing
 from lmcache.storage.sizing import Limit
-from tests.pools import content, keys, make_config, server_in, status_of, wait_until
+from tests.pools import content, file_system_in_memory, keys, make_config, server_in, status_of, wait_until
 from tests.server_process import LmcacheServer
 
 KEPT = {"pool_name": "kept", "leaves_pool": True}
@@ -224,13 +224,8 @@ def test_a_server_waits_for_the_last_ones_pool_that_engines_still_map(tmp_path, 
 @pytest.fixture
 def small_memory(tmp_path):
     """A real file system in memory, of 64 MiB."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(directory)], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("mounting is not permitted here")
-    yield directory
-    subprocess.run(["umount", "--lazy", str(directory)], check=True)
+    with file_system_in_memory(tmp_path / "small", "64m") as directory:
+        yield directory
 
 
 def test_what_removed_files_still_take_is_known_of_a_file_system_in_memory_and_of_no_other_folder(small_memory, tmp_path):

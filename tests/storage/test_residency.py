@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from lmcache.protocol import StoreOutcome
 from lmcache.server.app import start_server
 from lmcache.storage import residency
 from lmcache.storage.residency import Residency
-from tests.pools import create_manager, make_config, pool_path, reserve, store, wait_until
+from tests.pools import create_manager, file_system_in_memory, make_config, pool_path, reserve, store, wait_until
 
 PIECE = 8 * PAGE_BYTES
 
@@ -34,13 +33,8 @@ def pool(tmp_path: Path) -> Iterator[PoolFile]:
 @pytest.fixture
 def full_directory(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(directory)], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("mounting is not permitted here")
-    yield directory
-    subprocess.run(["umount", "--lazy", str(directory)], check=True)  # also after a failure that left the pool mapped
+    with file_system_in_memory(tmp_path / "small", "1m") as directory:
+        yield directory
 
 
 def blocks_of(path: Path) -> int:

@@ -174,11 +174,15 @@ def test_where_nothing_fits_the_hint_offers_no_size(machine: Machine):
     assert caught.value.hint == "free some of it, or pass --allow-overcommit"
 
 
-def test_a_size_fits_that_counts_on_what_is_soon_free(machine: Machine):
+def test_what_is_lacking_is_what_would_have_to_be_free(machine: Machine):
     machine.has_memory(94 * GIB, 20 * GIB)
     with pytest.raises(PoolSizeError):
         sizing.check_size(40 * GIB, 1024, SHM)
-    sizing.check_size(40 * GIB, 1024, SHM, soon_free_bytes=30 * GIB)
+    lacking = sizing.lacking_bytes(40 * GIB, 1024, SHM)
+    assert 0 < lacking < 30 * GIB
+    machine.has_memory(94 * GIB, 20 * GIB + lacking + PAGE_BYTES)  # told in KiB
+    sizing.check_size(40 * GIB, 1024, SHM)
+    assert sizing.lacking_bytes(40 * GIB, 1024, SHM) == 0
 
 
 def test_a_pools_file_takes_what_was_checked(tmp_path: Path):
