@@ -5,9 +5,10 @@ engine then maps and pins in the background. Inter-token latency before, meanwhi
 meanwhile it should be at most 3 % above the mean of before and after. How long it takes until the server has made the pool
 resident, and until the engine has pinned it. Then the server ends, and the engine lets go of that pool: latency meanwhile. When
 its memory is free again the server is started once more while short prompts are asked for, one after the other: TTFT without a
-server, and while the pool is pinned (wanted: not delayed). Last, this process pins a pool that is resident already, alone
-(wanted: 64 GiB in 5 s). Needs as much shared memory as --l1-gib says. Run, with vLLM's flags behind `--`:
-python benchmarks/gpu_pinning.py --model DIR [--l1-gib 64] -- [VLLM FLAGS]
+server, while the pool is pinned, and afterwards (wanted: not delayed meanwhile). Last, with the engine gone, this process pins
+a pool of --alone-gib that is resident already (wanted: 64 GiB in 5 s). Needs as much shared memory as these say. Run, with
+vLLM's flags behind `--`:
+python benchmarks/gpu_pinning.py --model DIR [--l1-gib 32] [--alone-gib 64] -- [VLLM FLAGS]
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import msgspec
 import psutil
 import torch
-from common import free_port, percentile, report, server
+from common import free_port, percentile, report, server, wait_resident
 from engines import REQUEST_SECONDS, Engine, end_on_sigterm, make_prompt, stream, transfer_flags
 from gpu_engine import engine_env, make_parser
 
@@ -41,7 +42,7 @@ OUTPUT_TOKENS = 24_000
 PROMPT_TOKENS = 512
 BASELINE_SECONDS = 3.0
 PINNING_SECONDS = 150.0
-LET_GO_SECONDS = 60.0
+LET_GO_SECONDS_PER_GIB = 3.0
 POLL_SECONDS = 0.02
 
 
@@ -72,8 +73,9 @@ class TokenClock:
         """Whether more tokens are to come."""
         return self._process.is_alive()
 
-    def join(self) -> None:
-        """Wait for the end of the answer."""
+    def hang_up(self) -> None:
+        """Want no more of the answer."""
+        self._process.kill()
         self._process.join(REQUEST_SECONDS)
 
     def latencies_ms(self, start: float, end: float) -> dict[str, float]:
@@ -156,9 +158,9 @@ def measure_latency(engine: Engine, port: int, l1_gib: float, folder: Path) -> d
         ended_at = pool.end
         time.sleep(BASELINE_SECONDS)
     let_go_at = time.monotonic()
-    wait_until_let_go(engine, available)
+    wait_until_let_go(engine, available, LET_GO_SECONDS_PER_GIB * l1_gib)
     has_outlasted, over_at = clock.is_running, time.monotonic()
-    clock.join()
+    clock.hang_up()
     figures: dict[str, Any] = {
         "before": clock.latencies_ms(began_at, pool.started_at),
         "meanwhile": clock.latencies_ms(pool.started_at, ended_at),
@@ -176,15 +178,15 @@ def measure_latency(engine: Engine, port: int, l1_gib: float, folder: Path) -> d
     return figures
 
 
-def wait_until_let_go(engine: Engine, available: int) -> None:
+def wait_until_let_go(engine: Engine, available: int, seconds: float) -> None:
     """Return when the engine has unmapped the pool of the server that has ended and its memory is free: two may not fit."""
-    deadline = time.monotonic() + LET_GO_SECONDS
+    deadline = time.monotonic() + seconds
     while (
         any(NAME_PREFIX in path for member in engine.members() for path in mapped_paths(member.pid))
         or psutil.virtual_memory().available < 0.98 * available
     ):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the engine still has the pool of a server that ended {LET_GO_SECONDS:g} s ago")
+            raise TimeoutError(f"the engine still has the pool of a server that ended {seconds:g} s ago")
         time.sleep(0.2)  # each look holds the engine up for a moment
 
 
@@ -198,8 +200,8 @@ def mapped_paths(pid: int) -> list[str]:
 
 
 def measure_first_tokens(engine: Engine, port: int, l1_gib: float) -> dict[str, Any]:
-    """TTFT of short prompts without a server, and while a pool is made and pinned."""
-    taken: dict[str, list[float]] = {"without": [], "meanwhile": []}
+    """TTFT of short prompts without a server, while a pool is made and pinned, and afterwards; each is stored meanwhile."""
+    taken: dict[str, list[float]] = {"without": [], "meanwhile": [], "after": []}
 
     def ask(name: str) -> None:
         taken[name].append(engine.ask(make_prompt((name, len(taken[name]), time.time()), PROMPT_TOKENS), 2).ttft_ms)
@@ -209,22 +211,24 @@ def measure_first_tokens(engine: Engine, port: int, l1_gib: float) -> dict[str, 
     with pinning(port, l1_gib) as pool:
         while not pool.is_over():
             ask("meanwhile")
-        alone = pin_alone(f"tcp://127.0.0.1:{port}") if torch.cuda.is_available() else {}
+        for _ in range(60):
+            ask("after")
     figures: dict[str, Any] = {
         name: {"requests": len(values), "median": round(statistics.median(values), 2), "max": round(max(values), 2)}
         for name, values in taken.items()
     }
-    figures["median_ratio"] = round(figures["meanwhile"]["median"] / figures["without"]["median"], 4)
+    for name in ("without", "after"):
+        figures[f"ratio_to_{name}"] = round(figures["meanwhile"]["median"] / figures[name]["median"], 4)
     figures["pinning"] = pool.figures()
-    figures["alone"] = alone
     print(f"TTFT: {figures}", flush=True)
     return figures
 
 
-def pin_alone(url: str) -> dict[str, float]:
+def pin_alone(gib: float) -> dict[str, float]:
     """Pin a pool that is resident, with nothing else to do."""
     torch.zeros(1, device="cuda")  # makes the context
-    with KVCacheClient(url, timeout_seconds=30) as client:
+    with server("--l1-size-gb", str(gib)) as (url, pid), KVCacheClient(url, timeout_seconds=30) as client:
+        wait_resident(pid, int(gib * 2**30))
         view = client.attach().view
         assert view is not None
         started_at = time.monotonic()
@@ -235,12 +239,15 @@ def pin_alone(url: str) -> dict[str, float]:
         seconds = time.monotonic() - started_at
         figures = {"pinned_gib": round(pinner.pinned_bytes / 2**30, 2), "seconds": round(seconds, 2)}
         pinner.close()
+    print(f"alone: {figures}", flush=True)
     return figures
 
 
 def main() -> None:
     """Print the figures and the JSON line."""
-    args = make_parser(__doc__, l1_gib=64.0).parse_args()
+    parser = make_parser(__doc__, l1_gib=32.0)
+    parser.add_argument("--alone-gib", type=float, default=64.0)
+    args = parser.parse_args()
     end_on_sigterm()
     with ExitStack() as stack:
         folder = args.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -251,8 +258,10 @@ def main() -> None:
         engine.ask(make_prompt("warm up", PROMPT_TOKENS), 16)
         latency = measure_latency(engine, port, args.l1_gib, folder)
         first_tokens = measure_first_tokens(engine, port, args.l1_gib)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    report("gpu_pinning", device=device, l1_gib=args.l1_gib, inter_token_ms=latency, ttft_ms=first_tokens)
+    has_gpu = torch.cuda.is_available()
+    alone = pin_alone(args.alone_gib) if has_gpu else {}
+    device = torch.cuda.get_device_name() if has_gpu else "none"
+    report("gpu_pinning", device=device, l1_gib=args.l1_gib, inter_token_ms=latency, ttft_ms=first_tokens, alone=alone)
 
 
 if __name__ == "__main__":

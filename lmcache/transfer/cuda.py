@@ -18,14 +18,14 @@ write: that is a `StuckTransferError`, after which the extents must not be given
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -56,6 +56,8 @@ CALM_POLL_SECONDS = 1e-3
 # long as this: the kernel takes 27 µs for 32 MiB (H100).
 MIN_CUT_BYTES = 16 << 20
 MIN_BLOCK_IDS = 4096
+# Pinned memory through which stores go to extents that are not: as much as a chunk of an 8B model.
+BOUNCE_BYTES = 32 << 20
 SLOT_ALIGNMENT = 512
 
 
@@ -98,8 +100,7 @@ class Pageable:
 PAGEABLE = Pageable()
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """What goes through a slot at once: some whole chunks, some planes of one chunk, or some blocks of one plane."""
 
     chunks: range
@@ -118,11 +119,10 @@ class Piece:
 
     def cut(self, quarters: int) -> tuple[Piece, ...]:
         """Return it in two, the first about so many quarters of it; whole where it cannot be cut."""
-        for name in ("chunks", "planes", "blocks"):
-            whole: range = getattr(self, name)
+        for name, whole in zip(self._fields, self, strict=True):
             if len(whole) > 1:
                 at = whole.start + min(len(whole) - 1, max(1, len(whole) * quarters // 4))
-                return tuple(replace(self, **{name: part}) for part in (range(whole.start, at), range(at, whole.stop)))
+                return self._replace(**{name: range(whole.start, at)}), self._replace(**{name: range(at, whole.stop)})
         return (self,)
 
 
@@ -294,6 +294,8 @@ class CudaCopier(ChunkCopier):
         self.mappings: tuple[Pinned, ...] = ()
         self._changing_mappings = threading.Lock()
         self.unpinned_bytes = 0
+        self._bounce = torch.empty(BOUNCE_BYTES, dtype=torch.uint8).pin_memory()
+        self._has_bounced = torch.cuda.Event()
         self._warm_up()
         # This thread has one. In a new thread PyTorch takes the first device for chosen already, and makes none current.
         with torch.cuda.device(self._device):
@@ -367,10 +369,6 @@ class CudaCopier(ChunkCopier):
         lane, transfer, is_beside_engine = self._stores, CudaTransfer(self._device), after is not None
         after = after or self.fence()
         starts = [address_of(extent) for extent in extents]
-        mapping = self._mapping_of(starts[0])
-        if is_beside_engine and not all(mapping.is_pinned(start, len(extents[0])) for start in starts):
-            # Such a copy blocks in the driver until it is done: not also until the step is.
-            wait_for(after, TRANSFER_SECONDS, is_calm=True)
         slots: Iterator[Slot]
         found: Iterator[Piece]
         if is_beside_engine:
@@ -392,9 +390,10 @@ class CudaCopier(ChunkCopier):
                     span = piece.span(size)
                     self._mover.gather(ids, slot.buffer, piece.planes, len(piece.blocks), span, lane.kernels)
                     slot.is_filled.record(lane.kernels)
-                    self._have_read.record(lane.kernels)
+                    # Recorded anew for the slot's next piece, later on the same stream, it still comes after this one.
+                    self._have_read = slot.is_filled
                 copies.wait_event(slot.is_filled)
-                self._copy(piece, size, starts, slot, copies, to_host=True)
+                self._copy_to_host(piece, size, starts, slot, copies, is_beside_engine)
                 slot.is_free.record(copies)
         finally:  # whatever happened, nothing writes to the extents when this returns
             transfer.end(copies)
@@ -450,7 +449,7 @@ class CudaCopier(ChunkCopier):
         transfer.begin(bytes_left)
         for piece, slot in zip(found, lane.slots):  # noqa: B905 - slots never end
             lane.copies.wait_event(slot.is_free)
-            self._copy(piece, size, starts, slot, lane.copies, to_host=False)
+            self._copy_to_device(piece, size, starts, slot, lane.copies)
             bytes_left -= piece.num_blocks * self.layout.block_bytes
             transfer.handed_over(bytes_left, lane.copies)
             if ids is None:  # the wire is busy by now
@@ -466,17 +465,45 @@ class CudaCopier(ChunkCopier):
     def _pieces(self, num_chunks: int, blocks_per_chunk: int, slot_bytes: int) -> Iterator[Piece]:
         return pieces(num_chunks, blocks_per_chunk, self._num_planes, slot_bytes // self.layout.block_bytes)
 
-    def _copy(
-        self, piece: Piece, blocks_per_chunk: int, starts: Sequence[int], slot: Slot, stream: torch.cuda.Stream, to_host: bool
+    def _copy_to_host(
+        self, piece: Piece, blocks_per_chunk: int, starts: Sequence[int], slot: Slot, stream: torch.cuda.Stream, is_calm: bool
     ) -> None:
-        """Hand the copy engine what lies between a slot and the extents at `starts`: neighbours in the pool as one copy."""
+        """Hand the copy engine what goes from a slot to the extents at `starts`; what is not pinned there is copied on return.
+
+        To such memory the driver would copy itself, and nothing could be launched meanwhile: first tokens were 19 ms late while
+        each prompt's 64 MiB went there (H100), 10 ms in this way.
+
+        Raises: StuckTransferError.
+        """
+        for host, device, num_bytes, is_pinned in self._parts_of(piece, blocks_per_chunk, starts, slot):
+            if is_pinned:
+                self._driver.copy_to_host(host, device, num_bytes, stream.cuda_stream, is_pinned)
+                continue
+            for at in range(0, num_bytes, BOUNCE_BYTES):
+                length = min(BOUNCE_BYTES, num_bytes - at)
+                self._driver.copy_to_host(self._bounce.data_ptr(), device + at, length, stream.cuda_stream, is_pinned=True)
+                self._has_bounced.record(stream)
+                wait_for(self._has_bounced, TRANSFER_SECONDS, is_calm)
+                ctypes.memmove(host + at, self._bounce.data_ptr(), length)  # without the GIL
+
+    def _copy_to_device(
+        self, piece: Piece, blocks_per_chunk: int, starts: Sequence[int], slot: Slot, stream: torch.cuda.Stream
+    ) -> None:
+        """Hand the copy engine what goes from the extents at `starts` to a slot; the driver has read what is not pinned."""
+        for host, device, num_bytes, is_pinned in self._parts_of(piece, blocks_per_chunk, starts, slot):
+            self._driver.copy_to_device(device, host, num_bytes, stream.cuda_stream, is_pinned)
+
+    def _parts_of(
+        self, piece: Piece, blocks_per_chunk: int, starts: Sequence[int], slot: Slot
+    ) -> Iterator[tuple[int, int, int, bool]]:
+        """Yield (address in the pool, on the device, bytes, is pinned) of a piece's copies: neighbours in the pool as one."""
         length = len(piece.planes) * len(piece.blocks) * self.layout.block_bytes
         offset = (piece.planes.start * blocks_per_chunk + piece.blocks.start) * self.layout.block_bytes
         at = slot.buffer.data_ptr()
         for address, num_bytes, is_pinned in self._wire_parts([starts[chunk] + offset for chunk in piece.chunks], length):
             if not is_pinned:
                 self.unpinned_bytes += num_bytes
-            self._begin_copy(address, at, num_bytes, stream, is_pinned, to_host)
+            yield address, at, num_bytes, is_pinned
             at += num_bytes
 
     def _wire_parts(self, starts: Sequence[int], length: int) -> Iterator[tuple[int, int, bool]]:
@@ -486,14 +513,6 @@ class CudaCopier(ChunkCopier):
             is_pinned = mapping.is_pinned(address, num_bytes)
             for part, part_bytes in mapping.split(address, num_bytes):
                 yield part, part_bytes, is_pinned
-
-    def _begin_copy(
-        self, host: int, device: int, num_bytes: int, stream: torch.cuda.Stream, is_pinned: bool, to_host: bool
-    ) -> None:
-        if to_host:
-            self._driver.copy_to_host(host, device, num_bytes, stream.cuda_stream, is_pinned)
-        else:
-            self._driver.copy_to_device(device, host, num_bytes, stream.cuda_stream, is_pinned)
 
     def flat_copier(self, memory: torch.Tensor, extents: Sequence[Extent]) -> Callable[[bool], CudaTransfer]:
         """Return what hands the copy engine plain copies between contiguous memory and extents, all of one length."""
@@ -505,7 +524,10 @@ class CudaCopier(ChunkCopier):
             with torch.cuda.device(self._device):
                 transfer = CudaTransfer(self._device, extents)
                 for address, num_bytes, is_pinned in parts:
-                    self._begin_copy(address, at, num_bytes, stream, is_pinned, to_host)
+                    if to_host:
+                        self._driver.copy_to_host(address, at, num_bytes, stream.cuda_stream, is_pinned)
+                    else:
+                        self._driver.copy_to_device(at, address, num_bytes, stream.cuda_stream, is_pinned)
                     at += num_bytes
                 transfer.end(stream)
             return transfer

@@ -47,6 +47,7 @@ class Driver:
     """The calls of NVIDIA's driver: it pins no piece that `may_pin` says no to, and takes nothing for pinned that is not.
 
     `calls` has (address, bytes, whether it was said to be pinned) of each copy, but for those of PyTorch's own pinned tensors.
+    `bounced_bytes` were copied from the device to such tensors.
     """
 
     def __init__(self, may_pin=lambda number: True):
@@ -54,6 +55,7 @@ class Driver:
         self.registered = {}
         self.pinned_tensors = []
         self.calls = []
+        self.bounced_bytes = 0
         self.num_tried = 0
         self._thread = threading.local()
         self.use_context("context")
@@ -80,11 +82,15 @@ class Driver:
         ctypes.memmove(target, source, num_bytes)
 
     def copy_to_host(self, target, source, num_bytes, stream, is_pinned=False):
+        self.bounced_bytes += num_bytes if self._is_tensor(target) else 0
         self._note(target, num_bytes, is_pinned)
         ctypes.memmove(target, source, num_bytes)
 
+    def _is_tensor(self, address):
+        return any(tensor.data_ptr() == address for tensor in self.pinned_tensors)
+
     def _note(self, address, num_bytes, is_pinned):
-        if any(tensor.data_ptr() == address for tensor in self.pinned_tensors):
+        if self._is_tensor(address):
             return
         self.calls.append((address, num_bytes, is_pinned))
         pieces = [start for start, length in self.registered.items() if start <= address < start + length]
