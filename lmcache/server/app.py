@@ -42,7 +42,7 @@ logger = init_logger(__name__)
 KEPT_BYTES = 128 << 20
 # For so long a server waits for engines to let go of the last one's pool, and so much more for each GiB of it.
 ROOM_SECONDS = 10.0
-ROOM_SECONDS_PER_GIB = 1.0
+ROOM_SECONDS_PER_GIB = 2.0
 ROOM_POLL_SECONDS = 0.5
 ROOM_LOG_SECONDS = 10.0
 
@@ -91,7 +91,7 @@ class RunningServer:
 def wait_for_room(config: ServerConfig, stop: threading.Event) -> None:
     """Return when engines have let go of the last server's pool, if that is what stands in the way of this one's.
 
-    They notice that a server has gone within 3 s, and take half a second a GiB to unpin and unmap its pool while they compute.
+    They notice that a server has gone within 3 s, and take 0.5 to 1 s a GiB to unpin and unmap its pool while they compute.
     """
     directory = Path(config.storage.pool_dir)
     remove_stale_pools(directory)

@@ -36,7 +36,7 @@ MAX_THREADS = 8
 PIECES_AHEAD = 64
 RESIDENT_POLL_SECONDS = 0.02
 # While an engine computes, the driver is left to it for so many times as long as a piece has taken. Then pinning takes 1 s a
-# GiB, and a token 2 % longer. Unpinned memory should soon be free: 0.4 s a GiB, though a token takes 14 % longer.
+# GiB, and a token 2 % longer. Unpinned memory should soon be free: 0.5 to 1 s a GiB, though a token takes 14 % longer.
 PIN_REST_RATIO = 9
 UNPIN_REST_RATIO = 2
 CLOSE_SECONDS = 30.0
