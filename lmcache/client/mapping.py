@@ -47,7 +47,7 @@ class Shared(ABC):
 
 
 class PoolMapping(Shared):
-    """Unpinning and unmapping 64 GiB takes half a minute, and the last user may be an engine's main thread: so a thread of its
+    """Unpinning and unmapping 64 GiB takes up to a minute, and the last user may be an engine's main thread: so a thread of its
     own does that.
 
     Raises: PoolError when it cannot be mapped.

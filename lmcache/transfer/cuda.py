@@ -10,7 +10,8 @@ way, through slots of their own, so that both directions run at once:
     load                       | copy to slot 0 | copy to slot 1 | ... after scatter 0, copy to slot 0
                                .................| scatter slot 0 | scatter slot 1 ...
 
-Beside an engine a store is handed over at once, ahead of the GPU: it waits for nothing that would have to be looked for.
+Beside an engine a store is handed over at once, ahead of the GPU: it waits for nothing that would have to be looked for. But
+what goes to extents that are not pinned, yet or at all, takes a way through pinned memory of ours, and is waited for.
 
 Nothing runs in a stream's callback. Every wait of the host has a deadline; one that passes leaves a copy that may still
 write: that is a `StuckTransferError`, after which the extents must not be given back to the server while this process lives.
@@ -254,7 +255,7 @@ class CudaCopier(ChunkCopier):
 
     Args:
         planes: one for each plane of each layer, as `cpu.block_planes` returns them.
-        staging_bytes: device memory for the slots of both directions, taken now.
+        staging_bytes: device memory for the slots of both directions, taken now, as are BOUNCE_BYTES of host memory.
         uses_triton: None takes Triton where it is installed and works.
     Raises: LayoutMismatchError when the planes are not what the layout says; CudaError without a driver.
     """
@@ -471,20 +472,33 @@ class CudaCopier(ChunkCopier):
         """Hand the copy engine what goes from a slot to the extents at `starts`; what is not pinned there is copied on return.
 
         To such memory the driver would copy itself, and nothing could be launched meanwhile: first tokens were 19 ms late while
-        each prompt's 64 MiB went there (H100), 10 ms in this way.
+        each prompt's 64 MiB went there, and 10 ms in this way (two H100s).
 
         Raises: StuckTransferError.
         """
+        bounced: list[tuple[int, int, int]] = []
+        bounce, used = self._bounce.data_ptr(), 0
         for host, device, num_bytes, is_pinned in self._parts_of(piece, blocks_per_chunk, starts, slot):
             if is_pinned:
-                self._driver.copy_to_host(host, device, num_bytes, stream.cuda_stream, is_pinned)
+                self._driver.copy_to_host(host, device, num_bytes, stream.cuda_stream, is_pinned=True)
                 continue
-            for at in range(0, num_bytes, BOUNCE_BYTES):
-                length = min(BOUNCE_BYTES, num_bytes - at)
-                self._driver.copy_to_host(self._bounce.data_ptr(), device + at, length, stream.cuda_stream, is_pinned=True)
-                self._has_bounced.record(stream)
-                wait_for(self._has_bounced, TRANSFER_SECONDS, is_calm)
-                ctypes.memmove(host + at, self._bounce.data_ptr(), length)  # without the GIL
+            while num_bytes:
+                if used == BOUNCE_BYTES:
+                    self._take_over(bounced, stream, is_calm)
+                    bounced, used = [], 0
+                length = min(num_bytes, BOUNCE_BYTES - used)
+                self._driver.copy_to_host(bounce + used, device, length, stream.cuda_stream, is_pinned=True)
+                bounced.append((host, bounce + used, length))
+                used, host, device, num_bytes = used + length, host + length, device + length, num_bytes - length
+        if bounced:
+            self._take_over(bounced, stream, is_calm)
+
+    def _take_over(self, bounced: Sequence[tuple[int, int, int]], stream: torch.cuda.Stream, is_calm: bool) -> None:
+        """Copy (target, source, bytes) in host memory, without the GIL, when the stream has got here."""
+        self._has_bounced.record(stream)
+        wait_for(self._has_bounced, TRANSFER_SECONDS, is_calm)
+        for target, source, num_bytes in bounced:
+            ctypes.memmove(target, source, num_bytes)
 
     def _copy_to_device(
         self, piece: Piece, blocks_per_chunk: int, starts: Sequence[int], slot: Slot, stream: torch.cuda.Stream
@@ -510,9 +524,8 @@ class CudaCopier(ChunkCopier):
         """Yield (address, bytes, is pinned) of the copies that the driver takes for ranges of one mapping."""
         mapping = self._mapping_of(starts[0])
         for address, num_bytes in runs(starts, length):
-            is_pinned = mapping.is_pinned(address, num_bytes)
             for part, part_bytes in mapping.split(address, num_bytes):
-                yield part, part_bytes, is_pinned
+                yield part, part_bytes, mapping.is_pinned(part, part_bytes)
 
     def flat_copier(self, memory: torch.Tensor, extents: Sequence[Extent]) -> Callable[[bool], CudaTransfer]:
         """Return what hands the copy engine plain copies between contiguous memory and extents, all of one length."""

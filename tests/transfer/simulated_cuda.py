@@ -87,7 +87,7 @@ class Driver:
         ctypes.memmove(target, source, num_bytes)
 
     def _is_tensor(self, address):
-        return any(tensor.data_ptr() == address for tensor in self.pinned_tensors)
+        return any(0 <= address - tensor.data_ptr() < tensor.nbytes for tensor in self.pinned_tensors)
 
     def _note(self, address, num_bytes, is_pinned):
         if self._is_tensor(address):

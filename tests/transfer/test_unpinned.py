@@ -13,6 +13,7 @@ from lmcache.client.kvcache import KVCacheClient  # noqa: E402
 from lmcache.errors import UnreachableError  # noqa: E402
 from lmcache.keys import Namespace  # noqa: E402
 from lmcache.layout import KVLayout  # noqa: E402
+from lmcache.transfer.base import StuckTransferError  # noqa: E402
 from lmcache.transfer.cuda import CudaCopier  # noqa: E402
 from lmcache.transfer.pinning import PoolPinner  # noqa: E402
 from tests.chaos.waiting import wait_until  # noqa: E402
@@ -20,7 +21,7 @@ from tests.cli.conftest import Cli  # noqa: E402
 from tests.cli.test_describe import fields  # noqa: E402
 from tests.pools import keys  # noqa: E402
 from tests.server_process import LmcacheServer  # noqa: E402
-from tests.transfer.simulated_cuda import Driver, simulate  # noqa: E402
+from tests.transfer.simulated_cuda import Driver, Event, simulate  # noqa: E402
 
 MIB = 1 << 20
 NUM_LAYERS, NUM_BLOCKS, BLOCK_BYTES, BLOCKS_PER_CHUNK = 4, 64, 64 << 10, 16
@@ -57,12 +58,12 @@ class Engine:
         pins = self.copier.pin_report()
         return pins.pool_bytes == pins.pinned_bytes + pins.unpinned_bytes > 0
 
-    def store_and_load(self):
+    def store_and_load(self, is_beside_engine=False):
         """Store all blocks, forget them, load them into other places, and return whether each is what it was."""
         before = self.kv.clone()
         ids = torch.randperm(NUM_BLOCKS).tolist()
         with self.client.reserve(keys(0, 1, 2, 3), CHUNK_BYTES) as reservation:
-            self.copier.gather(ids, reservation.extents)
+            self.copier.gather(ids, reservation.extents, self.copier.fence() if is_beside_engine else None)
             reservation.commit()
         self.kv.fill_(0)
         others = torch.randperm(NUM_BLOCKS).tolist()
@@ -85,6 +86,7 @@ def metric(server, name):
     return float(value)
 
 
+@pytest.mark.parametrize("is_beside_engine", [False, True], ids=["alone", "beside an engine"])
 @pytest.mark.parametrize(
     ("may_pin", "pinned_bytes"),
     [
@@ -93,13 +95,15 @@ def metric(server, name):
         pytest.param(lambda number: False, 0, id="every piece"),
     ],
 )
-def test_what_cannot_be_pinned_is_copied_right_counted_and_shown(monkeypatch, caplog, server, may_pin, pinned_bytes):
+def test_what_cannot_be_pinned_is_copied_right_counted_and_shown(
+    monkeypatch, caplog, server, may_pin, pinned_bytes, is_beside_engine
+):
     engine = Engine(monkeypatch, server.zmq_url, may_pin)
     failed_bytes = POOL_BYTES - pinned_bytes
     try:
         pins = engine.copier.pin_report()
         assert (pins.pool_bytes, pins.pinned_bytes, pins.unpinned_bytes) == (POOL_BYTES, pinned_bytes, failed_bytes)
-        assert engine.store_and_load()
+        assert engine.store_and_load(is_beside_engine)
         loaded_bytes = sum(num_bytes for _, num_bytes, is_pinned in engine.driver.calls if not is_pinned)
         assert engine.driver.bounced_bytes == loaded_bytes > 0, "what is stored there goes through pinned memory"
         copied_bytes = engine.copier.unpinned_bytes
@@ -134,6 +138,20 @@ def test_a_pool_that_is_pinned_is_copied_without_a_byte_through_unpinned_memory(
     finally:
         engine.client.close()
     assert metric(server, "lmcache_unpinned_copied_bytes_total") == 0
+
+
+def test_a_copy_that_does_not_end_is_an_error_and_changes_no_byte_of_what_is_not_pinned(monkeypatch, server):
+    engine = Engine(monkeypatch, server.zmq_url, lambda number: False)
+    try:
+        monkeypatch.setattr("lmcache.transfer.cuda.TRANSFER_SECONDS", 0.05)
+        monkeypatch.setattr(Event, "query", lambda event: False)
+        with engine.client.reserve(keys(0), CHUNK_BYTES) as reservation:
+            reservation.extents[0][:] = b"\x77" * CHUNK_BYTES
+            with pytest.raises(StuckTransferError):
+                engine.copier.gather(list(range(BLOCKS_PER_CHUNK)), reservation.extents)
+            assert bytes(reservation.extents[0]) == b"\x77" * CHUNK_BYTES
+    finally:
+        engine.client.close()
 
 
 @pytest.mark.parametrize(("limit_bytes", "hint"), [(1 << 20, "the limit on locked memory is 1048576 bytes"), (-1, "container")])
