@@ -344,10 +344,13 @@ def test_a_pool_stays_mapped_and_pinned_from_one_life_to_the_next_where_it_is_th
     next(tmp_path.glob("lmcache-pool-kept")).unlink()
 
 
-def test_the_pool_of_a_server_that_was_killed_is_let_go_of_although_its_file_is_still_there():
+def test_the_pool_of_a_server_that_was_killed_is_let_go_of_although_its_file_is_still_there(tmp_path):
     """Nobody will serve it again; the next server would find no room beside it."""
     undone = threading.Event()
-    with LmcacheServer() as server, KVCacheClient(server.zmq_url, heartbeat=True, heartbeat_seconds=0.05) as client:
+    with (  # in a folder of its own: any server that is started removes what killed ones have left beside its pool
+        LmcacheServer(["--pool-dir", str(tmp_path)]) as server,
+        KVCacheClient(server.zmq_url, heartbeat=True, heartbeat_seconds=0.05) as client,
+    ):
         client.watch_mapping(lambda view: undone.set)
         client.attach()
         os.kill(server.pid, signal.SIGKILL)
