@@ -24,6 +24,7 @@ STOP_SECONDS = 60.0
 SLOTS = 16384
 BUCKET = "lmcache-test"
 ACCESS = "access-key-id=test&secret-access-key=test&region=us-east-1"
+MOTO = Path(__file__).parent / "moto_one_by_one.py"
 # moto reads the region and the service out of it, and no more.
 _AUTHORIZATION = "AWS4-HMAC-SHA256 Credential=test/20200101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 
@@ -112,7 +113,7 @@ def redis_cluster(directory: Path, num_nodes: int = 3) -> Iterator[list[int]]:
 def s3_server(directory: Path) -> Iterator[int]:
     """A server with one empty bucket; yields its port."""
     port = free_port()
-    with process([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], directory / "s3.log"):
+    with process([sys.executable, str(MOTO), "-H", "127.0.0.1", "-p", str(port)], directory / "s3.log"):
 
         def has_bucket() -> bool:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
