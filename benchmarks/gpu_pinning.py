@@ -219,7 +219,7 @@ def measure_first_tokens(engine: Engine, port: int, l1_gib: float) -> dict[str, 
         for name, values in taken.items()
         if values
     }
-    for name in figures.keys() & {"without", "after"}:
+    for name in [name for name in figures if name != "meanwhile"]:
         figures[f"ratio_to_{name}"] = round(figures["meanwhile"]["median"] / figures[name]["median"], 4)
     figures["pinning"] = pool.figures()
     print(f"TTFT: {figures}", flush=True)

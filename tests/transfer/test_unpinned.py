@@ -19,6 +19,7 @@ from lmcache.transfer.pinning import PoolPinner  # noqa: E402
 from tests.chaos.waiting import wait_until  # noqa: E402
 from tests.cli.conftest import Cli  # noqa: E402
 from tests.cli.test_describe import fields  # noqa: E402
+from tests.fakes import PATIENCE_SECONDS  # noqa: E402
 from tests.pools import keys  # noqa: E402
 from tests.server_process import LmcacheServer  # noqa: E402
 from tests.transfer.simulated_cuda import Driver, Event, simulate  # noqa: E402
@@ -41,7 +42,7 @@ class Engine:
         monkeypatch.setattr("lmcache.transfer.cuda.BOUNCE_BYTES", 3 * MIB // 2 + 512)
         self.kv = torch.randint(0, 256, (NUM_LAYERS, NUM_BLOCKS, BLOCK_BYTES), dtype=torch.uint8)
         self.copier = CudaCopier(LAYOUT, list(self.kv), staging_bytes=8 * MIB, uses_triton=False)
-        seconds = 60 if waits else 0.5
+        seconds = PATIENCE_SECONDS if waits else 0.5
         self.client = KVCacheClient(url, kind="engine-worker", timeout_seconds=seconds, heartbeat=True, heartbeat_seconds=0.02)
         self.client.watch_mapping(self.copier.pin_pool)
         self.client.watch_pins(self.copier.pin_report)
