@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CHUNK_SIZE = 256
 NUM_PROMPTS = 4
-PROMPT_TOKENS = 2 * CHUNK_SIZE + 100
+PROMPT_TOKENS = 2 * CHUNK_SIZE + 100  # as asked for; vLLM's random texts may have one or two more
 COMMAND_SECONDS = 600
 TITLE = "============ Serving Benchmark Result ============"
 RULE = "=" * 50
@@ -104,9 +104,10 @@ def test_our_result_has_vllms_keys_in_their_order_and_one_more(both):
 
 
 def test_the_origin_of_every_prompt_token_is_counted(both):
-    found = both[1][1]["lmcache"]
+    saved = both[1][1]
+    found = saved["lmcache"]
     assert found["external_prompt_tokens"] == NUM_PROMPTS * 2 * CHUNK_SIZE
-    assert found["computed_prompt_tokens"] == NUM_PROMPTS * (PROMPT_TOKENS - 2 * CHUNK_SIZE)
+    assert found["computed_prompt_tokens"] == saved["total_input_tokens"] - NUM_PROMPTS * 2 * CHUNK_SIZE
     assert found["engine_cache_prompt_tokens"] == 0
     assert found["saved_tokens_per_request"] == 2 * CHUNK_SIZE
     assert (found["l1_hit_ratio"], found["l2_hit_ratio"]) == (1.0, None)
@@ -122,7 +123,7 @@ def test_a_cold_run_hits_nothing_its_warm_up_does_not_count_and_its_answers_are_
     found = document["lmcache"]
     assert document["benchmark"]["completed"] == NUM_PROMPTS
     assert (found["external_prompt_tokens"], found["engine_cache_prompt_tokens"]) == (0, 0)
-    assert found["computed_prompt_tokens"] == NUM_PROMPTS * PROMPT_TOKENS
+    assert found["computed_prompt_tokens"] == document["benchmark"]["total_input_tokens"]
     assert (found["l1_hit_ratio"], found["saved_tokens_per_request"], found["ttft_savings_ratio"]) == (0, 0, 0)
     assert found["verify"] == {
         "num_prompts": 2,
