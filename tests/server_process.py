@@ -210,10 +210,12 @@ def run_lmcache(
 
 
 @contextlib.contextmanager
-def running_lmcache(*words: str, env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+def running_lmcache(
+    *words: str, env: Mapping[str, str] | None = None, command: Sequence[str] = LMCACHE
+) -> Iterator[subprocess.Popen[str]]:
     """The real command at work; it is ended, reaped and closed with the `with` block, however that ends."""
     with subprocess.Popen(
-        [*LMCACHE, *words],
+        [*command, *words],
         env={**clean_environment(), **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
