@@ -14,7 +14,6 @@ import pytest
 
 from tests.chaos.waiting import wait_until
 from tests.server_process import LmcacheServer
-from tests.tiny_model import VOCAB_SIZE
 from tests.vllm_process import MODEL_NAME, VllmServer
 
 CHUNK_SIZE = 256
@@ -33,7 +32,7 @@ BUILT_IN = {"LMCACHE_USE_UPSTREAM_MP": "1", "PYTHONPATH": os.pathsep.join(filter
 def make_prompt(seed: object, num_tokens: int) -> list[int]:
     """Token ids that share no prefix with those of another seed."""
     generator = random.Random(str(seed))
-    return [generator.randrange(10, VOCAB_SIZE) for _ in range(num_tokens)]
+    return [generator.randrange(10, 8000) for _ in range(num_tokens)]
 
 
 def is_at_rest(server: LmcacheServer) -> bool:
