@@ -6,9 +6,11 @@ registered model, and its keys. Next on the path: a LOOKUP or EVICT.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lmcache.cli.base import Url, http_url
@@ -133,6 +135,22 @@ def served_name(client: HttpClient, registered: str) -> str:
     )
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Hide torch from transformers, which would import it whole and tokenizes as well without: 1.8 s instead of 6 (2 cores).
+
+    It is hidden for good, so a process that has either already is left alone: it may want models.
+    """
+    if not sys.modules.keys().isdisjoint(("torch", "transformers")):
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 def load_tokenizer(name: str) -> Encode:
     """Return the encoder of the tokenizer in a local folder or in the local model cache.
 
@@ -141,7 +159,8 @@ def load_tokenizer(name: str) -> Encode:
     # Without an engine's libraries transformers warns that it can only tokenize: that is all we want.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        from transformers import AutoTokenizer
+        with _without_torch():
+            from transformers import AutoTokenizer
     except ImportError as exc:
         raise LMCacheError(
             "tokenizing needs the package transformers",
@@ -162,7 +181,6 @@ def read_token_file(path: str) -> list[int]:
     Raises: UsageError
     """
     import json
-    import sys
 
     try:
         if path == "-":

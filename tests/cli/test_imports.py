@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from lmcache.client.kvcache import KVCacheClient
+from tests.cli.conftest import LAYOUT, MODEL, namespace
 from tests.server_process import LmcacheServer, clean_environment
 
 ENGINE = {"torch", "numpy", "transformers", "vllm"}
@@ -69,6 +72,16 @@ def test_ping_over_http_imports_no_zmq(server: LmcacheServer):
 def test_other_commands_import_no_engine(words, server: LmcacheServer):
     loaded = modules_after(f"from lmcache.cli.main import main; assert main({words!r}) == 0", LMCACHE_URL=server.zmq_url)
     assert not loaded & (ENGINE | {"httpx"})
+
+
+def test_a_prompt_is_tokenized_without_torch(server: LmcacheServer, tiny_tokenizer_dir: Path):
+    words = ["query", "kvcache", "--prompt", "hello", "--tokenizer", str(tiny_tokenizer_dir), "--model", MODEL]
+    with KVCacheClient(server.zmq_url) as client:
+        client.register(namespace(), LAYOUT)
+        body = f"from lmcache.cli.main import main; assert main({words!r}) == 0"
+        loaded = modules_after(body, LMCACHE_URL=server.zmq_url)
+    assert "transformers" in loaded
+    assert not loaded & {"torch", "vllm"}
 
 
 def test_a_worker_of_bench_kvcache_imports_no_engine_before_a_device_is_asked_for():

@@ -92,7 +92,7 @@ def test_lora_and_salt_are_part_of_what_is_asked_for(zmq_cli: Cli, engine: KVCac
 def test_a_prompt_is_tokenized_and_its_corpora_are_counted(
     zmq_cli: Cli, engine: KVCacheClient, tiny_tokenizer_dir: Path, tmp_path: Path
 ):
-    from transformers import PreTrainedTokenizerFast  # unlike AutoTokenizer it does not import torch
+    from transformers import PreTrainedTokenizerFast  # in this process AutoTokenizer would import torch
 
     encode = PreTrainedTokenizerFast.from_pretrained(str(tiny_tokenizer_dir)).encode
     (tmp_path / "own.txt").write_text("Words of my own. " * 200)
@@ -110,7 +110,13 @@ def test_a_prompt_is_tokenized_and_its_corpora_are_counted(
     assert rows["Cached chunks"].strip() == f"{num_chunks}/{num_chunks} (100.0%)"
 
 
-def test_the_tokenizer_is_by_default_that_of_the_model(tiny_tokenizer_dir: Path, capsys):
+@pytest.fixture
+def transformers_with_torch() -> None:
+    """Other tests make models in this process: a command that imported transformers first would do so without torch."""
+    pytest.importorskip("transformers")
+
+
+def test_the_tokenizer_is_by_default_that_of_the_model(transformers_with_torch, tiny_tokenizer_dir: Path, capsys):
     """In this process: transformers takes long to import, and other tests want it here too."""
     with LmcacheServer(http=False) as server, KVCacheClient(server.zmq_url) as client:
         client.register(namespace(str(tiny_tokenizer_dir)), LAYOUT)
@@ -154,13 +160,13 @@ def test_an_engine_that_cannot_tokenize_is_named(zmq_cli: Cli, engine: KVCacheCl
     assert f"no reply from http://localhost:{port} within 0.5 s" in error
 
 
-def test_a_missing_tokenizer_says_what_to_do(tmp_path: Path):
+def test_a_missing_tokenizer_says_what_to_do(transformers_with_torch, tmp_path: Path):
     with pytest.raises(LMCacheError, match=f"no tokenizer for '{tmp_path}'") as missing:
         load_tokenizer(str(tmp_path))
     assert "--tokenize-with URL" in missing.value.hint
 
 
-def test_a_broken_tokenizer_is_an_error_of_ours(tmp_path: Path):
+def test_a_broken_tokenizer_is_an_error_of_ours(transformers_with_torch, tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{broken")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(LMCacheError, match="no tokenizer for"):
