@@ -2,7 +2,9 @@
 # `make PYTHON=python3.12 setup` picks another interpreter.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+# Of what is installed a tenth is ever imported: bytecode is written then, where Python may.
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-engine test-rest check fuzz chaos setup setup-l2 setup-vllm clean
 
@@ -12,7 +14,6 @@ demo: .venv/.stamp-demo
 
 # The tests with a real engine use one core most of the time, the others wait a lot: both at once take as long as the longer.
 test: check setup-l2 setup-vllm
-	@$(PY) -m compileall -q lmcache tests  # the tests start hundreds of commands, often where nothing else writes bytecode
 	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync=target test-engine test-rest
 
 test-engine:
@@ -45,6 +46,7 @@ clean:
 
 $(PY):
 	$(PYTHON) -m venv .venv
+	-$(PIP) --upgrade pip  # that of Python 3.11 takes twice as long
 
 .venv/.stamp-demo: pyproject.toml | $(PY)
 	$(PIP) --editable '.[tokenizer]'

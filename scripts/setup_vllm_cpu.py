@@ -39,8 +39,9 @@ def install() -> str | None:
     if sys.version_info < (3, 11) or (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return f"it needs Python 3.11 or newer on linux x86_64, this is {here}"
 
-    print(f"installing {' '.join(REQUIREMENTS)}: about 2 minutes, 3.5 GB", file=sys.stderr)
-    pip = subprocess.run([*PIP, "install", "--quiet", *REQUIREMENTS], capture_output=True, text=True, check=False)
+    print(f"installing {' '.join(REQUIREMENTS)}: about a minute, 3.5 GB", file=sys.stderr)
+    command = [*PIP, "install", "--quiet", "--no-compile", *REQUIREMENTS]
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
     if pip.returncode:
         errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
         reason = errors[-1] if errors else pip.stderr.strip()

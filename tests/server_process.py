@@ -37,6 +37,7 @@ class LmcacheServer:
         l1_size_gb: size of the pool.
         http: False starts it with `--no-http`.
         leaves_pool: True where the flags ask for a pool that outlives the process.
+        port: where it listens; 0 takes a free one.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class LmcacheServer:
         l1_size_gb: float = 0.0625,
         http: bool = True,
         leaves_pool: bool = False,
+        port: int = 0,
     ) -> None:
-        self.port = free_port()
+        self.port = port or free_port()
         self.http_port = free_port()
         self.zmq_url = f"tcp://127.0.0.1:{self.port}"
         self.http_url = f"http://127.0.0.1:{self.http_port}" if http else ""

@@ -20,7 +20,7 @@ from tests.server_process import LmcacheServer
 CHUNK_BYTES = 64 << 10
 PROMPT_CHUNKS = 4
 NUM_PROMPTS = 200
-NUM_KILLS = 50
+NUM_KILLS = 25
 L1_CHUNKS = 64
 JOIN_SECONDS = 60.0
 # A fake S3 on a busy machine is slower than any engine.

@@ -17,11 +17,11 @@ from tests.server_process import LmcacheServer
 from tests.vllm_process import MODEL_NAME, VllmServer
 
 CHUNK_SIZE = 256
-# vLLM computes 7 chunks a step at most.
-STEP_TOKENS = 7 * CHUNK_SIZE
+# vLLM computes 5 chunks a step at most.
+STEP_TOKENS = 5 * CHUNK_SIZE
 RECONNECT_SECONDS = 180.0
 REQUEST_SECONDS = 600.0
-LOOKUP_SECONDS = 15.0
+LOOKUP_SECONDS = 60.0
 # The worker's report and the scheduler's frees come over two connections; neither waits for an answer.
 SETTLE_SECONDS = 0.1
 PLACEHOLDERS = Path(__file__).parents[1] / "cuda_placeholders"

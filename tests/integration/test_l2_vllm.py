@@ -2,16 +2,15 @@
 
 import signal
 
-import httpx
 import pytest
 
 from tests.chaos.waiting import wait_until
-from tests.integration.conftest import CHUNK_SIZE, Engine, make_prompt
+from tests.integration.conftest import CHUNK_SIZE, make_prompt
 from tests.server_process import LmcacheServer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-PROMPT_CHUNKS = 5
+PROMPT_CHUNKS = 3
 CACHED = PROMPT_CHUNKS * CHUNK_SIZE
 NUM_PROMPTS = 8
 # The tiny model's chunks have 1 MiB: L1 holds two prompts of eight.
@@ -20,21 +19,24 @@ PROMPTS = [make_prompt(f"l2 prompt {number}", CACHED + 50) for number in range(N
 
 
 @pytest.fixture(scope="module")
-def tiered_server(tmp_path_factory):
+def tiered_engine(tmp_path_factory, engine, cache_server):
+    """The engine that all share, with another server at the port of its own."""
     folder = tmp_path_factory.mktemp("l2")
     flags = ["--l2-adapter", f"fs://{folder}?capacity-gb=1", "--l2-lookup-timeout-seconds", "30", "--l2-inflight-ratio", "1"]
     # However long a read takes: other work shares the disk, too.
-    with LmcacheServer([*flags, "--l2-min-tokens-per-second", "0"], l1_size_gb=L1_GIB) as server:
-        yield server
+    flags += ["--l2-min-tokens-per-second", "0"]
+    cache_server.stop(signal.SIGTERM)
+    with LmcacheServer(flags, l1_size_gb=L1_GIB, port=cache_server.port) as engine.server:
+        engine.wait_for_cache()
+        yield engine
+    cache_server.start()
+    engine.server = cache_server
+    engine.wait_for_cache()
 
 
 @pytest.fixture(scope="module")
-def tiered_engine(tiny_model_dir, tmp_path_factory, tiered_server):
-    """A vLLM that waits for L2 longer than it would by itself: other work shares the machine."""
-    log_path = tmp_path_factory.mktemp("vllm") / "l2.log"
-    with Engine(tiny_model_dir, log_path, tiered_server, connector_config={"lmcache.mp.lookup_timeout": 60}) as engine:
-        engine.wait_for_cache()
-        yield engine
+def tiered_server(tiered_engine):
+    return tiered_engine.server
 
 
 def wait_for_writes(server):
@@ -92,14 +94,3 @@ def test_the_cache_is_warm_after_the_servers_restart(tiered_engine, tiered_serve
     tiered_engine.wait_for_cache()
     assert tiered_server.status()["l1"]["chunks"] == 0
     assert_all_warm(tiered_engine, own)
-
-
-def test_after_a_reset_of_both_caches_the_engine_computes_anew(tiered_engine, own):
-    """What vLLM asks for when its weights were replaced."""
-    answer = httpx.post(f"{tiered_engine.url}/reset_prefix_cache", params={"reset_external": "true"}, timeout=60)
-    assert answer.status_code == 200, answer.text
-    for loaded, stored in ((0, CACHED), (CACHED, 0)):
-        text, counted = tiered_engine.ask_counted(PROMPTS[0])
-        assert text == own[0]
-        assert (counted["loaded"], counted["stored"]) == (loaded, stored)
-        tiered_engine.forget()

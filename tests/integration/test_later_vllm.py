@@ -9,7 +9,7 @@ from tests.integration.test_vllm import fail_the_load, num_failed_blocks
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-CACHED = 4 * CHUNK_SIZE
+CACHED = 3 * CHUNK_SIZE
 PROMPT = make_prompt("later", CACHED + 10)
 
 
