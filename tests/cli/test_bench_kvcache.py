@@ -317,7 +317,7 @@ def test_a_sweep_of_which_one_run_does_not_fit_is_refused_before_the_first(serve
 
 
 def test_a_server_that_hangs_ends_the_run_with_a_message(server):
-    with running_bench(server, "--duration", "600", "--timeout", "3") as process:
+    with running_bench(server, "--duration", "600", "--timeout", "1") as process:
         server.freeze()
         try:
             _, stderr = process.communicate(timeout=WAIT_SECONDS)
