@@ -1,7 +1,7 @@
 """What do the command line and the server cost before they do anything?
 
 Whole processes, taking turns with their floors: `lmcache ping kvcache` beside `python -c "import zmq, msgpack"`,
-`lmcache --help` beside `python -c "import argparse"`, `lmcache query kvcache --prompt` beside that of transformers.
+`lmcache --help` beside `python -c "import argparse"`, `lmcache query kvcache --prompt` beside the import of transformers.
 Byte code must be cached, as after an installation. The server: seconds from start until a NOOP is answered for an 8 GiB L1, and
 resident memory outside the pool (RssAnon + RssFile) once HTTP answers too. Needs msgpack for the floor.
 Run: python benchmarks/startup.py [--runs 15]

@@ -273,6 +273,7 @@ def test_requests_are_answered_while_the_server_is_away(engines, stored, cache_s
 def test_after_a_reset_of_both_caches_the_engine_computes_anew(engines, stored):
     """What vLLM asks for when its weights were replaced. Until it is restarted it shares with no other engine."""
     engine = engines["ours"]
+    engine.wait_for_cache()
     answer = httpx.post(f"{engine.url}/reset_prefix_cache", params={"reset_external": "true"}, timeout=60)
     assert answer.status_code == 200, answer.text
     for kind, loaded in (("cold", 0), ("prompt", CACHED)):

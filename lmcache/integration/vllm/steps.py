@@ -1,4 +1,4 @@
-"""What the two halves of the plug-in tell each other, through vLLM: plain data, pickled where they are in different processes.
+"""What the plug-in's two halves tell each other through vLLM: plain data, which is pickled if they are two processes.
 
 `scheduler.py` writes a `StepPlan` for every step, `worker.py` carries it out and answers with a
 `StepReport`. At start the worker says in a `WorkerHello` what its KV looks like.
