@@ -19,6 +19,7 @@ from lmcache.errors import LMCacheError
 from lmcache.protocol import Noop
 
 READY_DEADLINE_SECONDS = 30.0
+RESIDENT_DEADLINE_SECONDS = 120.0
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -67,9 +68,14 @@ def wait_ready(url: str) -> None:
 
 
 def wait_resident(pid: int, num_bytes: int) -> None:
-    """Return when this much of a server's shared memory is resident."""
-    deadline = time.monotonic() + 120
-    while memory_kib(pid, "RssShmem") * 1024 < num_bytes and time.monotonic() < deadline:
+    """Return when this much of a server's shared memory is resident.
+
+    Raises: TimeoutError.
+    """
+    deadline = time.monotonic() + RESIDENT_DEADLINE_SECONDS
+    while memory_kib(pid, "RssShmem") * 1024 < num_bytes:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not {num_bytes} bytes of the server {pid} are resident")
         time.sleep(0.1)
 
 

@@ -15,9 +15,11 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from common import report, server, wait_resident
+from pins import GIB, pinned_pool
 
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.integration.vllm.utils import ConnectorConfig
@@ -27,7 +29,7 @@ from lmcache.transfer.cuda import CudaCopier
 from lmcache.transfer.driver import driver
 from lmcache.transfer.pinning import PoolPinner, address_of
 
-MIB, GIB = 1 << 20, 1 << 30
+MIB = 1 << 20
 CHUNK_BYTES = 32 * MIB
 NUM_LAYERS = 32
 BLOCK_BYTES = 64 << 10
@@ -220,18 +222,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-pages", action="store_true", help="leave out the sweep over page sizes")
     args = parser.parse_args()
-    torch.zeros(1, device="cuda")  # makes the context
     device = torch.cuda.get_device_name()
-    with server("--l1-size-gb", str(args.l1_gib)) as (url, pid), KVCacheClient(url, timeout_seconds=30) as client:
-        view = client.attach().view
-        assert view is not None
+    with ExitStack() as stack:
+        url, pid = stack.enter_context(server("--l1-size-gb", str(args.l1_gib)))
+        client = stack.enter_context(KVCacheClient(url, timeout_seconds=30))
         wait_resident(pid, int(args.l1_gib * GIB))
-        started = time.perf_counter()
-        pinner = PoolPinner(driver(), driver().current_context(), address_of(view.data), len(view.data))
-        pinner.start()
-        while not pinner.is_done:
-            time.sleep(0.01)
-        pin_seconds = time.perf_counter() - started
+        pinner, pin_seconds = stack.enter_context(pinned_pool(client))
         print(
             f"pinned {pinner.pinned_bytes / GIB:.1f} GiB in {pin_seconds:.2f} s, {pinner.unpinned_bytes} bytes failed",
             flush=True,
@@ -247,7 +243,6 @@ def main() -> None:
             torch.cuda.empty_cache()
             pages = {} if args.no_pages else measure_pages(pinner, extents, max(3, args.repeats // 2))
             del extents
-        pinner.close()
     report(
         "gpu_copy",
         device=device,

@@ -74,8 +74,8 @@ def pinned_gb_per_s() -> float:
 class Cache:
     """The cache server, asked for its counters."""
 
-    def __init__(self, url: str) -> None:
-        self._mq = MessageQueueClient(url)
+    def __init__(self, mq: MessageQueueClient) -> None:
+        self._mq = mq
 
     def counter(self, name: str) -> int:
         """Return one of its counters."""
@@ -310,7 +310,7 @@ def main() -> None:
         log_dir = args.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         log_dir.mkdir(parents=True, exist_ok=True)
         url, server_pid = stack.enter_context(server("--l1-size-gb", str(args.l1_gib)))
-        cache = Cache(url)
+        cache = Cache(stack.enter_context(MessageQueueClient(url)))
         flags = ["--max-model-len", "40960", "--no-enforce-eager", *args.vllm_flags]
         engines = {
             name: Engine(name, args.model, log_dir, [*flags, *more], engine_env(name, log_dir))

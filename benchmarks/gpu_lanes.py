@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from common import percentile, report, server, wait_resident
-from gpu_copy import BLOCK_BYTES, CHUNK_BYTES, GIB, NUM_LAYERS, Engine
+from gpu_copy import BLOCK_BYTES, CHUNK_BYTES, NUM_LAYERS, Engine
+from pins import GIB, pinned_pool
 
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.keys import Namespace, chunk_keys
-from lmcache.transfer.driver import driver
-from lmcache.transfer.pinning import PoolPinner, address_of
+from lmcache.transfer.pinning import PoolPinner
 
 NUM_CHUNKS = 32
 WAIT_SECONDS = 120.0
@@ -31,18 +31,10 @@ WAIT_SECONDS = 120.0
 def rank(number: int, url: str, repeats: int, barrier: Any, results: Connection) -> None:
     """One rank: take part in each phase and send (phase, seconds of each transfer)."""
     torch.cuda.set_device(number)
-    torch.zeros(1, device="cuda")  # makes the context
-    with KVCacheClient(url, timeout_seconds=30) as client:
-        view = client.attach().view
-        assert view is not None
-        pinner = PoolPinner(driver(), driver().current_context(), address_of(view.data), len(view.data))
-        pinner.start()
-        while not pinner.is_done:
-            time.sleep(0.01)
+    with KVCacheClient(url, timeout_seconds=30) as client, pinned_pool(client) as (pinner, _):
         keys = chunk_keys(Namespace(model=f"rank {number}", chunk_size=256), range(NUM_CHUNKS * 256))
         with client.reserve(keys, CHUNK_BYTES) as reservation:
             take_part(number, reservation.extents, pinner, repeats, barrier, results)
-        pinner.close()
 
 
 def take_part(

@@ -30,13 +30,12 @@ import torch
 from common import free_port, percentile, report, server, wait_resident
 from engines import REQUEST_SECONDS, Engine, end_on_sigterm, make_prompt, stream, transfer_flags
 from gpu_engine import engine_env, make_parser
+from pins import GIB, pinned_pool
 
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.client.mq import MessageQueueClient
 from lmcache.pool import NAME_PREFIX
 from lmcache.protocol import PinReport, Status
-from lmcache.transfer.driver import driver
-from lmcache.transfer.pinning import PoolPinner, address_of
 
 OUTPUT_TOKENS = 24_000
 PROMPT_TOKENS = 512
@@ -100,11 +99,11 @@ class TokenClock:
 class Pinning:
     """A server that is started now, and how far an engine has come with pinning its pool."""
 
-    def __init__(self, url: str, started_at: float) -> None:
+    def __init__(self, mq: MessageQueueClient, started_at: float) -> None:
         self.started_at = started_at
         self.began_at = self.resident_at = self.ended_at = 0.0
         self.report = PinReport()
-        self._mq = MessageQueueClient(url)
+        self._mq = mq
 
     def is_over(self) -> bool:
         """Ask the server, which the engine tells with each heartbeat; note when it began and when it ended."""
@@ -127,8 +126,8 @@ class Pinning:
             "seconds_until_seen": round(self.began_at - self.started_at, 2) if self.began_at else None,
             "seconds_until_resident": round(self.resident_at - self.started_at, 2) if self.resident_at else None,
             "seconds_until_done": round(self.ended_at - self.started_at, 2) if self.ended_at else None,
-            "pinned_gib": round(self.report.pinned_bytes / 2**30, 2),
-            "failed_gib": round(self.report.unpinned_bytes / 2**30, 2),
+            "pinned_gib": round(self.report.pinned_bytes / GIB, 2),
+            "failed_gib": round(self.report.unpinned_bytes / GIB, 2),
         }
 
     @property
@@ -141,8 +140,8 @@ class Pinning:
 def pinning(port: int, l1_gib: float) -> Iterator[Pinning]:
     """Start a server; the engine finds it within a heartbeat."""
     started_at = time.monotonic()
-    with server("--l1-size-gb", str(l1_gib), port=port) as (url, _):
-        yield Pinning(url, started_at)
+    with server("--l1-size-gb", str(l1_gib), port=port) as (url, _), MessageQueueClient(url) as mq:
+        yield Pinning(mq, started_at)
 
 
 def measure_latency(engine: Engine, port: int, l1_gib: float, folder: Path) -> dict[str, Any]:
@@ -228,19 +227,10 @@ def measure_first_tokens(engine: Engine, port: int, l1_gib: float) -> dict[str, 
 
 def pin_alone(gib: float) -> dict[str, float]:
     """Pin a pool that is resident, with nothing else to do."""
-    torch.zeros(1, device="cuda")  # makes the context
     with server("--l1-size-gb", str(gib)) as (url, pid), KVCacheClient(url, timeout_seconds=30) as client:
-        wait_resident(pid, int(gib * 2**30))
-        view = client.attach().view
-        assert view is not None
-        started_at = time.monotonic()
-        pinner = PoolPinner(driver(), driver().current_context(), address_of(view.data), len(view.data))
-        pinner.start()
-        while not pinner.is_done:
-            time.sleep(0.01)
-        seconds = time.monotonic() - started_at
-        figures = {"pinned_gib": round(pinner.pinned_bytes / 2**30, 2), "seconds": round(seconds, 2)}
-        pinner.close()
+        wait_resident(pid, int(gib * GIB))
+        with pinned_pool(client) as (pinner, seconds):
+            figures = {"pinned_gib": round(pinner.pinned_bytes / GIB, 2), "seconds": round(seconds, 2)}
     print(f"alone: {figures}", flush=True)
     return figures
 

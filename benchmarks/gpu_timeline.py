@@ -30,6 +30,8 @@ from gpu_engine import (
     pinned_gb_per_s,
 )
 
+from lmcache.client.mq import MessageQueueClient
+
 TIMELINE = {
     "api_received": "the API server has the request",
     "on_new_request": "the engine core queues it",
@@ -76,7 +78,7 @@ class Timeline:
             self._ask(prompt, f"tier-{name}")
         self._cache.clear()
 
-    def table(self, num_tokens: int, wire: float) -> dict[str, dict[str, float]]:
+    def table(self, num_tokens: int, wire: float) -> dict[str, dict[str, float | None]]:
         """Return and print the medians of one length."""
         stamps = read_stamps(self._stamps_path, self._answers)
         found = {kind: [s for id_, s in stamps.items() if id_.startswith(f"{kind}-{num_tokens}-")] for kind in KINDS}
@@ -88,15 +90,15 @@ class Timeline:
         figures["tier"]["raw_copy"] = round(num_tokens // CHUNK_TOKENS * CHUNK_TOKENS * KV_BYTES_PER_TOKEN / wire / 1e6, 2)
         print(f"{num_tokens} tokens; ms after the request was sent: from vLLM's own cache, from the server")
         for name, meaning in TIMELINE.items():
-            print(f"  {figures['own'][name]:8.2f} {figures['tier'][name]:8.2f}  {meaning}")
+            print("", *(f"{figures[kind][name] or '':>8}" for kind in KINDS), meaning, sep="  ")
         print(
             f"  the copies took the device {figures['tier']['copies_on_device']} ms, raw ones {figures['tier']['raw_copy']} ms"
         )
         return figures
 
 
-def _median_ms(seconds: list[float]) -> float:
-    return round(percentile(seconds, 0.5) * 1e3, 2) if seconds else float("nan")
+def _median_ms(seconds: list[float]) -> float | None:
+    return round(percentile(seconds, 0.5) * 1e3, 2) if seconds else None
 
 
 def main() -> None:
@@ -108,7 +110,7 @@ def main() -> None:
         folder = args.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         url, _ = stack.enter_context(server("--l1-size-gb", str(args.l1_gib)))
-        cache, stamps_path = Cache(url), folder / "stamps"
+        cache, stamps_path = Cache(stack.enter_context(MessageQueueClient(url))), folder / "stamps"
         timed = transfer_flags(url, kv_connector="GpuTimedConnector", kv_connector_module_path="connectors")
         flags = ["--max-model-len", "40960", "--no-enforce-eager", *args.vllm_flags, *timed]
         env = {

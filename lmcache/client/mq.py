@@ -100,10 +100,10 @@ class ReplyFuture(Generic[R]):
 class _Channel:
     """One thread's socket and the requests that wait on it."""
 
-    def __init__(self, client: MessageQueueClient, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(self, client: MessageQueueClient, sockets: _Sockets) -> None:
         self.url = client.url
         self._client = client
-        self._context = context
+        self._sockets = sockets
         self._ids = itertools.count(1)
         self._waiting: dict[bytes, ReplyFuture[Any]] = {}
         self._abandoned: dict[bytes, ReplyFuture[Any]] = {}
@@ -112,7 +112,7 @@ class _Channel:
     def _connect(self) -> None:
         self._receive_timeout_ms = -2
         try:
-            self._socket = self._context.socket(zmq.DEALER)
+            self._socket = self._sockets.open()
         except zmq.ZMQError as exc:
             raise UnreachableError(f"cannot open a socket to {self.url}: {exc}", hint="see 'ulimit -n'") from exc
         self._socket.linger = 0
@@ -126,7 +126,7 @@ class _Channel:
         try:
             self._socket.connect(self.url)
         except zmq.ZMQError as exc:
-            self._socket.close()
+            self.close()
             raise UsageError(
                 f"{self.url!r} is not a ZMQ address: {exc}",
                 hint="use tcp://host:port or ipc:///path",
@@ -217,17 +217,39 @@ class _Channel:
                     self._abandoned[request_id] = future
                 break
         if future.tracker is not None and not future.tracker.done:
-            self._socket.close()
+            self.close()
             future.tracker.wait(timeout=SEND_END_SECONDS)
             self._connect()
 
     def close(self) -> None:
-        self._socket.close()
+        self._sockets.close(self._socket)
 
     def __del__(self) -> None:
         """A thread that ends takes its socket along."""
         if hasattr(self, "_socket"):
-            self._socket.close()
+            self.close()
+
+
+class _Sockets:
+    """A client's ZMQ context and what is open in it."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._opened: set[zmq.Socket[bytes]] = set()
+
+    def open(self) -> zmq.Socket[bytes]:
+        opened = self._context.socket(zmq.DEALER)
+        self._opened.add(opened)
+        return opened
+
+    def close(self, opened: zmq.Socket[bytes]) -> None:
+        opened.close()
+        self._opened.discard(opened)
+
+    def end(self) -> None:
+        for opened in list(self._opened):
+            self.close(opened)
+        self._context.term()
 
 
 class MessageQueueClient:
@@ -248,9 +270,12 @@ class MessageQueueClient:
         self.url = url
         self.timeout_seconds = timeout_seconds
         self.on_late_reply = on_late_reply
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._sockets = _Sockets()
+        # Of a client that nobody closed, garbage collection may finalize the context first, and that waits for its sockets for
+        # ever, in whatever thread. So these are kept from becoming garbage, and are ended when the client becomes it.
+        self._end = weakref.finalize(self, self._sockets.end)
+        self._end.atexit = False
         self._local = threading.local()
-        self._channels: weakref.WeakSet[_Channel] = weakref.WeakSet()
         # Who may use it: None stands for every thread; none has the id 0.
         self._usable_by: int | None = None
 
@@ -258,8 +283,7 @@ class MessageQueueClient:
         self.check_open()
         channel: _Channel | None = getattr(self._local, "channel", None)
         if channel is None:
-            channel = self._local.channel = _Channel(self, self._context)
-            self._channels.add(channel)
+            channel = self._local.channel = _Channel(self, self._sockets)
         return channel
 
     def connect(self) -> None:
@@ -313,9 +337,7 @@ class MessageQueueClient:
     def close(self) -> None:
         """Close every thread's socket; none of them may be in a call."""
         self._usable_by = 0
-        for channel in list(self._channels):
-            channel.close()
-        self._context.term()
+        self._end()
 
     def __enter__(self) -> MessageQueueClient:
         return self

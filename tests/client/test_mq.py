@@ -1,6 +1,7 @@
 """Requests over ZMQ: deadlines, connections that are not there, and answers that nobody waits for any more."""
 
 import contextlib
+import gc
 import os
 import socket
 import threading
@@ -203,6 +204,24 @@ def test_a_thread_that_ends_takes_its_connection_along(server, mq):
         thread.start()
         thread.join(60)
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2, "closing of the threads' sockets")
+
+
+def test_a_client_that_nobody_closed_is_collected_and_leaves_nothing(server):
+    """It and its channel are a cycle, so the collector decides what of them is finalized first, and any thread may run it."""
+    before = len(os.listdir("/proc/self/fd"))
+
+    def drop_one() -> None:
+        dropped = MessageQueueClient(server.endpoints.zmq)
+        dropped.call(Noop())
+        dropped.submit(Noop())
+
+    for _ in range(10):
+        drop_one()
+        collector = threading.Thread(target=gc.collect, daemon=True)
+        collector.start()
+        collector.join(60)
+        assert not collector.is_alive(), "garbage collection hangs"
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2, "closing of the clients' sockets")
 
 
 # -- what answers there -----------------------------------------------------------------------------------------------
