@@ -212,8 +212,9 @@ def address_of(memory: memoryview) -> int:
 
 
 def _likely_cause(num_bytes: int) -> str:
-    """Say which limit of the process stands in the way of pinning, if one does."""
+    """Say what keeps drivers from pinning, and which limit may: the driver 580 heeds none on locked memory (H100)."""
+    hint = "hint: a container's memory limit may leave no room for pinned pages, or the host has no more of them"
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if limit != resource.RLIM_INFINITY and limit < num_bytes:
-        return f"hint: the limit on locked memory is {limit} bytes; raise it (ulimit -l, LimitMEMLOCK=, --ulimit memlock=-1)"
-    return "hint: a container's memory limit may leave no room for pinned pages, or the host has no more of them"
+        hint += f"; some drivers heed the limit on locked memory, {limit} bytes (ulimit -l, LimitMEMLOCK=, --ulimit memlock=-1)"
+    return hint
