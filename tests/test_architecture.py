@@ -43,6 +43,7 @@ CORE = {
     "protocol.py",
     "metrics.py",
     "utils.py",
+    "weights.py",
 }
 
 HOMES = {

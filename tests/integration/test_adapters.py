@@ -74,7 +74,9 @@ def make_vllm_config(model_dir, rank=0, num_ranks=1, **changes):
             kv_connector=changes.pop("kv_connector", "LMCacheMPConnector"),
             kv_load_failure_policy="recompute",
             kv_connector_extra_config=changes.pop("extra", {}),
+            engine_id="e",
         ),
+        instance_id="i",
         lora_config=changes.pop("lora_config", None),
         speculative_config=changes.pop("speculative_config", None),
     )

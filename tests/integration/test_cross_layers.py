@@ -87,7 +87,8 @@ def vllm_config(backend, extra=None):
         compilation_config=SimpleNamespace(
             static_forward_context={name: SimpleNamespace(attn_backend=backend) for name in NAMES}
         ),
-        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra or {}),
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra or {}, engine_id="e"),
+        instance_id="i",
     )
 
 

@@ -1,6 +1,8 @@
 """What is read of vLLM's configuration and requests: settings, identity, and what is refused."""
 
+import json
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +11,12 @@ from hypothesis import strategies as st
 
 from lmcache.errors import LayoutMismatchError, UsageError
 from lmcache.integration.vllm.utils import (
+    Adapters,
     ConnectorConfig,
     engine_namespace,
+    media_are_hashed,
     request_namespace,
     software,
-    weights_digest,
 )
 from lmcache.integration.vllm.worker import is_replicated, read_layout
 from lmcache.keys import Namespace, chunk_keys
@@ -92,24 +95,77 @@ requests = st.tuples(
 
 @given(requests, requests)
 def test_requests_of_another_adapter_medium_or_tenant_never_share_a_key(one, other):
-    keys = [chunk_keys(request_namespace(ENGINE, make_request(*r)), [1, 2, 3, 4]) for r in (one, other)]
+    adapters = Adapters()
+    keys = [chunk_keys(request_namespace(ENGINE, make_request(*r), adapters), [1, 2, 3, 4]) for r in (one, other)]
     same = (one[0], one[1], one[2] or "") == (other[0], other[1], other[2] or "")
     assert (keys[0] == keys[1]) is same
 
 
-def make_vllm_config(folder, num_ranks=1, cache=None, **changes):
+def make_adapter(folder, weights=bytes(1 << 12), rank=8):
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    (folder / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    return folder
+
+
+def engine_of_tomorrow(monkeypatch):
+    """Return what tells adapters apart in an engine that starts when all files here are old."""
+    with monkeypatch.context() as patch:
+        patch.setattr("lmcache.integration.vllm.utils.time.time", lambda: time.time_ns() / 1e9 + 86_400)
+        return Adapters()
+
+
+def label(adapters, folder):
+    return adapters.label(SimpleNamespace(lora_name="a", lora_path=str(folder)))
+
+
+@pytest.mark.parametrize("change", [{"weights": bytes((1 << 12) - 1) + b"\1"}, {"rank": 16}])
+def test_an_adapter_that_was_trained_anew_in_place_is_another_one(tmp_path, monkeypatch, change):
+    """COR-3. Its name and its place are the same."""
+    make_adapter(tmp_path / "a")
+    labels = [label(engine_of_tomorrow(monkeypatch), tmp_path / "a") for _ in range(2)]
+    adapters = engine_of_tomorrow(monkeypatch)
+    assert label(adapters, tmp_path / "a") == labels[0] == labels[1]
+    make_adapter(tmp_path / "a", **change)
+    assert len({labels[0], label(adapters, tmp_path / "a"), label(engine_of_tomorrow(monkeypatch), tmp_path / "a")}) == 2
+
+
+def test_an_adapter_that_is_newer_than_its_engine_or_unreadable_is_that_engines_only(tmp_path):
+    """The engine may have loaded what was there before."""
+    one, other = Adapters(), Adapters()
+    for folder in (tmp_path / "nowhere", make_adapter(tmp_path / "a")):
+        assert label(one, folder) == label(one, folder) != label(other, folder)
+
+
+def test_an_adapter_of_a_repository_is_known_by_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    ref = tmp_path / "models--org--a" / "refs" / "main"
+    ref.parent.mkdir(parents=True)
+    ref.write_text("c0ffee")
+    assert "c0ffee" in label(engine_of_tomorrow(monkeypatch), "org/a")
+
+
+def make_vllm_config(folder, num_ranks=1, cache=None, load=None, lora=None, engine="e", rope=1, commit=None, **changes):
     model = {
         "model": str(folder),
         "revision": None,
         "dtype": "bfloat16",
         "quantization": None,
-        "hf_config": SimpleNamespace(to_dict=lambda: {"rope_theta": changes.pop("rope", 1)}),
+        "hf_config": SimpleNamespace(to_dict=lambda: {"rope_theta": rope}, _commit_hash=commit),
+        "multimodal_config": None,
+        "seed": 0,
         **changes,
     }
     return SimpleNamespace(
         model_config=SimpleNamespace(**model),
         parallel_config=SimpleNamespace(world_size=num_ranks),
-        cache_config=SimpleNamespace(**{"cache_dtype": "auto", **(cache or {})}),
+        cache_config=SimpleNamespace(**{"cache_dtype": "auto", "enable_prefix_caching": True, **(cache or {})}),
+        load_config=SimpleNamespace(
+            **{"load_format": "auto", "model_loader_extra_config": {}, "download_dir": None, **(load or {})}
+        ),
+        lora_config=lora,
+        kv_transfer_config=SimpleNamespace(engine_id=engine),
+        instance_id="i",
     )
 
 
@@ -119,7 +175,19 @@ def test_another_checkpoint_in_the_same_folder_is_another_model(tmp_path):
     weights.write_bytes(bytes(1 << 18))
     first = engine_namespace(make_vllm_config(tmp_path), layout)
     assert engine_namespace(make_vllm_config(tmp_path), layout) == first
-    for change in ({"rope": 2}, {"dtype": "float16"}, {"quantization": "fp8"}, {"revision": "v2"}):
+    for change in (
+        {"rope": 2},
+        {"dtype": "float16"},
+        {"quantization": "fp8"},
+        {"quantization_config": {"ignore": ["lm_head"]}},
+        {"revision": "v2"},
+        {"max_model_len": 8192},  # LongRoPE takes other factors from some length on
+        {"load": {"load_format": "dummy"}},
+        {"load": {"model_loader_extra_config": {"tensorizer_uri": "s3://b/v2"}}},
+        {"model_weights": "s3://b/v2"},
+        {"lora": SimpleNamespace(target_modules=["o_proj"])},
+        {"multimodal_config": SimpleNamespace(mm_processor_kwargs={"num_crops": 4})},
+    ):
         changed = engine_namespace(make_vllm_config(tmp_path, **change), layout)
         assert changed.revision != first.revision
     weights.write_bytes(bytes((1 << 18) - 1) + b"\1")
@@ -158,17 +226,42 @@ def test_ranks_hold_the_same_only_where_both_the_model_and_its_kv_say_so(kind, u
     assert is_replicated(vllm_config, SimpleNamespace(kv_cache_groups=[make_group(kind)])) is expected
 
 
-def test_the_digest_of_weights_follows_names_lengths_and_both_ends(tmp_path):
-    path = tmp_path / "a.safetensors"
-    digests = set()
-    for content in (b"", b"x", b"xx", bytes(1 << 18), b"\1" + bytes((1 << 18) - 1)):
-        path.write_bytes(content)
-        digests.add(weights_digest(tmp_path))
-    path.rename(tmp_path / "b.safetensors")
-    digests.add(weights_digest(tmp_path))
-    (tmp_path / "readme.txt").write_text("not a weight")
-    digests.add(weights_digest(tmp_path))
-    assert len(digests) == 6
+def test_weights_that_are_made_up_are_those_of_their_seed(tmp_path):
+    layout = KVLayout(num_layers=1, num_planes=1, block_bytes=1, block_size=1, dtype="u8")
+    dummies = [make_vllm_config(tmp_path, load={"load_format": "dummy"}, seed=seed) for seed in (0, 0, 1)]
+    real = [make_vllm_config(tmp_path, seed=seed) for seed in (0, 1)]
+    assert len({engine_namespace(config, layout).id for config in dummies}) == 2
+    assert len({engine_namespace(config, layout).id for config in real}) == 1
+
+
+def test_a_repository_is_known_by_its_commit_or_revision_and_else_its_kv_is_one_engines(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    layout = KVLayout(num_layers=1, num_planes=1, block_bytes=1, block_size=1, dtype="u8")
+
+    def revisions(**changes):
+        configs = [make_vllm_config("org/model", engine=engine, **changes) for engine in "ab"]
+        return {engine_namespace(config, layout).revision for config in configs}
+
+    assert {revision.partition("#")[0] for revision in revisions(commit="abc")} == {"abc"}
+    assert len(revisions(commit="abc")) == len(revisions(revision="v1")) == 1
+    assert len(revisions()) == 2
+    assert "no commit of org/model is known" in caplog.text
+    ref = tmp_path / "models--org--model" / "refs" / "main"
+    ref.parent.mkdir(parents=True)
+    ref.write_text("c0ffee")
+    assert {revision.partition("#")[0] for revision in revisions()} == {"c0ffee"}
+    # The settings of one repository with the weights of another: only these count.
+    assert {revision.partition("#")[0] for revision in revisions(commit="abc", hf_config_path="org/other")} == {"c0ffee"}
+
+
+@pytest.mark.parametrize(
+    ("cache_gb", "has_prefix_cache", "expected"), [(4, True, True), (4, False, True), (0, True, True), (0, False, False)]
+)
+def test_media_are_told_apart_by_content_unless_both_of_vllms_caches_are_off(tmp_path, cache_gb, has_prefix_cache, expected):
+    media = SimpleNamespace(mm_processor_cache_gb=cache_gb)
+    config = make_vllm_config(tmp_path, cache={"enable_prefix_caching": has_prefix_cache}, multimodal_config=media)
+    assert media_are_hashed(config) is expected
+    assert media_are_hashed(make_vllm_config(tmp_path, cache={"enable_prefix_caching": False}))
 
 
 def make_parallel_config(world_size=1):

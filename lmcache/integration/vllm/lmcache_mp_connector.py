@@ -24,7 +24,7 @@ from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import LMCacheError
 from lmcache.integration.vllm.scheduler import SchedulerHalf
 from lmcache.integration.vllm.steps import StepPlan, StepReport, WorkerHello
-from lmcache.integration.vllm.utils import ConnectorConfig, layout_of_joined_layers, software
+from lmcache.integration.vllm.utils import ConnectorConfig, layout_of_joined_layers, media_are_hashed, software
 from lmcache.integration.vllm.worker import WorkerHalf
 from lmcache.log import init_logger
 
@@ -33,6 +33,10 @@ logger = init_logger(__name__)
 LAYERS_APART = (
     "vLLM keeps the layers of a block apart all the same, and so they are copied; hint: vLLM 0.25 joins them with"
     " VLLM_USE_V2_MODEL_RUNNER=0 only, and no version for every attention backend"
+)
+MEDIA_NOT_HASHED = (
+    "with --no-enable-prefix-caching and --mm-processor-cache-gb 0 vLLM names them by a running number; hint: leave one of the"
+    " two out"
 )
 
 
@@ -89,8 +93,11 @@ class LMCacheMPConnector(KVConnectorBase_V1):
                 can_load=transfer.is_kv_consumer,
                 can_store=transfer.is_kv_producer,
                 saves_decode=config.saves_decode,
+                media_are_hashed=media_are_hashed(vllm_config),
                 lookup_timeout_seconds=config.lookup_timeout_seconds,
             )
+            if not media_are_hashed(vllm_config):
+                logger.warning("requests with images or sounds are not cached: %s", MEDIA_NOT_HASHED)
             logger.info("KV cache server: %s", config.url)
             if transfer.kv_load_failure_policy == "fail":
                 logger.warning(

@@ -35,7 +35,7 @@ from lmcache.integration.vllm.steps import (
     StoreSpan,
     WorkerHello,
 )
-from lmcache.integration.vllm.utils import ConnectorConfig, is_cacheable, request_namespace
+from lmcache.integration.vllm.utils import Adapters, ConnectorConfig, is_cacheable, must_compute, request_namespace
 from lmcache.keys import KEY_BYTES, ChunkHasher, Namespace
 from lmcache.layout import KVLayout
 from lmcache.log import RateLimitedLog, init_logger
@@ -111,6 +111,7 @@ class SchedulerHalf:
         can_load, can_store: what vLLM's `kv_role` allows.
         saves_decode: also store chunks that hold generated tokens.
         passes_places: the plans go to the workers, so that these need not ask where the chunks of a load lie.
+        media_are_hashed: identifiers of media stand for their contents; requests with others are not cached.
         lookup_timeout_seconds: how long a request waits in vLLM's queue for what is cached of it.
     """
 
@@ -122,6 +123,7 @@ class SchedulerHalf:
         can_store: bool = True,
         saves_decode: bool = False,
         passes_places: bool = True,
+        media_are_hashed: bool = True,
         lookup_timeout_seconds: float = ConnectorConfig.lookup_timeout_seconds,
     ) -> None:
         self._client = client
@@ -129,6 +131,8 @@ class SchedulerHalf:
         self._can_store = can_store
         self._saves_decode = saves_decode
         self._passes_places = passes_places
+        self._media_are_hashed = media_are_hashed
+        self._adapters = Adapters()
         self._lookup_timeout_seconds = lookup_timeout_seconds
         self._namespace: Namespace | None = None
         self._epoch = ""
@@ -187,7 +191,7 @@ class SchedulerHalf:
         Raises: LMCacheError.
         """
         tracked = self._track(request)
-        if tracked is not None:
+        if tracked is not None and not must_compute(request):
             self._start_lookup(tracked)
 
     def match(self, request: Any, num_computed_tokens: int) -> int | None:
@@ -199,7 +203,7 @@ class SchedulerHalf:
         Raises: LMCacheError; the answer is then 0.
         """
         tracked = self._track(request)
-        if tracked is None:
+        if tracked is None or must_compute(request):
             return 0
         chunk_size = tracked.namespace.chunk_size
         if tracked.is_loading:  # nothing is left of its load, or vLLM would not ask again
@@ -221,13 +225,15 @@ class SchedulerHalf:
         """Return the request's entry; None when it cannot be cached."""
         if self._namespace is None or self._layout is None or not is_cacheable(request):
             return None
+        if request.mm_features and not self._media_are_hashed:
+            return None
         chunk_size = self._client.present().chunk_size
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.namespace.chunk_size != chunk_size:
             revision = self._namespace.revision + self._epoch
             engine = msgspec.structs.replace(self._namespace, chunk_size=chunk_size, revision=revision)
-            namespace = request_namespace(engine, request)
-            tracked = self._tracked[request.request_id] = TrackedRequest(
+            namespace = request_namespace(engine, request, self._adapters)
+            tracked = TrackedRequest(
                 request.request_id,
                 namespace,
                 self._layout.blocks_per_chunk(chunk_size),
@@ -235,7 +241,8 @@ class SchedulerHalf:
                 request.num_prompt_tokens,
                 request.all_token_ids,
             )
-            tracked.extend_keys()
+            tracked.extend_keys()  # what cannot be hashed is not tracked
+            self._tracked[request.request_id] = tracked
         return tracked
 
     def _usable_chunks(self, tracked: TrackedRequest) -> int:
@@ -258,7 +265,8 @@ class SchedulerHalf:
 
     def _hit_chunks(self, tracked: TrackedRequest) -> int | None:
         """Return the lookup's answer if it has come, after starting one where there is none for this life of the server."""
-        if tracked.lookup is None and tracked.hit_boot != self._client.present().boot:
+        is_outlasted = tracked.hit_chunks > 0 and time.monotonic() >= tracked.lasts_until
+        if tracked.lookup is None and (is_outlasted or tracked.hit_boot != self._client.present().boot):
             self._start_lookup(tracked)
         if tracked.lookup is not None:
             if not self._has_come(tracked.lookup):
@@ -276,6 +284,9 @@ class SchedulerHalf:
             if len(reply.placements) == reply.l1_chunks * tracked.namespace.world_size:
                 tracked.places = reply.placements
             tracked.may_hold_pins |= reply.l1_chunks > 0
+            if reply.l1_chunks and time.monotonic() >= tracked.lasts_until:  # read so late that it may be pinned no more
+                self._start_lookup(tracked)
+                return None
         return min(tracked.hit_chunks, self._usable_chunks(tracked))
 
     def _has_come(self, lookup: PendingLookup) -> bool:
@@ -355,6 +366,7 @@ class SchedulerHalf:
         plan.preempted = frozenset(scheduler_output.preempted_req_ids or ())
         scheduled = scheduler_output.num_scheduled_tokens
         plan.is_idle = not scheduled
+        going_on: list[TrackedRequest] = []
         for request_id, block_ids, is_all, computed in _scheduled_requests(scheduler_output):
             tracked = self._tracked.get(request_id)
             if tracked is None:
@@ -369,6 +381,8 @@ class SchedulerHalf:
             tracked.computed = computed + scheduled[request_id]
             if self._tainted:
                 self._follow_taint(tracked, computed, tracked.computed)
+            going_on.append(tracked)
+        for tracked in going_on:  # last: whatever fails here, no request's blocks have been passed over
             self._plan_store(plan, tracked)
         self._plan_stores_of_ended(plan)
 

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from lmcache.layout import KVLayout
 from lmcache.log import init_logger
 from lmcache.protocol import DEFAULT_ZMQ_PORT
 from lmcache.transfer.base import STAGING_BYTES
+from lmcache.weights import ADAPTER_CONFIG, adapter_digest, adapter_label, weight_files, weights_digest
 
 logger = init_logger(__name__)
 
@@ -30,8 +33,6 @@ RUN_WITH_VLLM = ("0.25.1", "0.32.")
 # The whole engine waits for a server that hangs, once, until the deadline. vLLM's own class gives it 300 s.
 MAX_TIMEOUT_SECONDS = 30.0
 _ADDRESS = re.compile(r"tcp://(\[[^\]\s]+\]|[^:/\s]+):\d{1,5}|ipc://\S+")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
-WEIGHT_SAMPLE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,10 @@ def engine_namespace(vllm_config: Any, layout: KVLayout, is_replicated: bool = F
             "calculate_kv_scales makes up scales of the KV from an engine's first request: no other engine could read it",
             hint="take it out, and use a checkpoint that has its scales",
         )
-    model, num_ranks = vllm_config.model_config, vllm_config.parallel_config.world_size
+    num_ranks = vllm_config.parallel_config.world_size
     return Namespace(
-        model=str(model.model),
-        revision=_model_revision(model, str(vllm_config.cache_config.cache_dtype), num_ranks if is_replicated else 1),
+        model=str(vllm_config.model_config.model),
+        revision=_model_revision(vllm_config, num_ranks if is_replicated else 1),
         dtype=layout.dtype,
         layout=layout.fingerprint,
         chunk_size=0,
@@ -170,28 +171,66 @@ def engine_namespace(vllm_config: Any, layout: KVLayout, is_replicated: bool = F
     )
 
 
-def _model_revision(model: Any, cache_dtype: str, num_copies: int) -> str:
+def _model_revision(vllm_config: Any, num_copies: int) -> str:
     """Return the model's revision and a digest of all else that decides what its KV holds.
 
     A folder has no revision, so a sample of its weights stands for it: a checkpoint that was
     overwritten in place must not find the old one's KV. Of `cache_dtype` the tensors do not tell: they are bytes for both
-    kinds of fp8. How many ranks compute the same KV decides in which order they add up,
-    and so the last bits of it.
+    kinds of fp8. Models scale positions by how long a prompt may be. How many ranks compute the same KV decides in which order
+    they add up, and so the last bits of it.
     """
-    config = model.hf_config
-    commit = getattr(config, "_commit_hash", None) or model.revision or ""
-    folder = Path(str(model.model))
-    parts = {
+    model, load = vllm_config.model_config, getattr(vllm_config, "load_config", None)
+    media, lora = getattr(model, "multimodal_config", None), getattr(vllm_config, "lora_config", None)
+    config, path = model.hf_config, Path(str(model.model))
+    load_format = getattr(load, "load_format", None)
+    commit = _commit_of(model, getattr(load, "download_dir", None))
+    parts: dict[str, object] = {
         "config": config.to_dict() if hasattr(config, "to_dict") else repr(config),
         "dtype": str(model.dtype),
-        "quantization": str(model.quantization),
-        "kv_cache_dtype": cache_dtype,
-        "weights": weights_digest(folder) if folder.is_dir() else "",
+        "quantization": [str(model.quantization), getattr(model, "quantization_config", None)],
+        "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "max_model_len": getattr(model, "max_model_len", None),
+        "load": [load_format, getattr(load, "model_loader_extra_config", None)],
+        "url": str(getattr(model, "model_weights", "")),
+        "media": [getattr(media, name, None) for name in ("mm_processor_kwargs", "video_pruning_rate")],
+        "lora": getattr(lora, "target_modules", None),
+        "weights": weights_digest(path) if path.exists() else "",
     }
+    if load_format == "dummy":
+        parts["seed"] = model.seed
     if num_copies > 1:
         parts["copies"] = str(num_copies)
+    if not (commit or path.exists()):
+        parts["engine"] = [vllm_config.instance_id, vllm_config.kv_transfer_config.engine_id]
+        logger.warning("what is cached is of no use to other engines: no commit of %s is known; hint: --revision", model.model)
     text = json.dumps(parts, sort_keys=True, default=_described)
     return f"{commit}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _commit_of(model: Any, download_dir: str | None) -> str:
+    """Return the commit of a repository's weights, or the revision that was asked for; "" where neither is known."""
+    commit = "" if getattr(model, "hf_config_path", None) else getattr(model.hf_config, "_commit_hash", None)
+    return commit or hub_commit(str(model.model), model.revision, download_dir) or model.revision or ""
+
+
+def hub_commit(repository: str, revision: str | None = None, download_dir: str | None = None) -> str:
+    """Return the commit that Hugging Face's cache has for a revision, usually `main`; "" where it has none."""
+    try:
+        return hub_ref(repository, revision, download_dir).read_text().strip()
+    except (ImportError, OSError, ValueError):
+        return ""
+
+
+def hub_ref(repository: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+    """Return the file in which Hugging Face's cache keeps a revision's commit.
+
+    Raises: ImportError.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(download_dir or HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    return folder / "refs" / (revision or "main")
 
 
 def _described(value: object) -> str:
@@ -199,17 +238,50 @@ def _described(value: object) -> str:
     return type(value).__name__ if type(value).__repr__ is object.__repr__ else str(value)
 
 
-def weights_digest(folder: Path) -> str:
-    """Return a digest of each weight file's name, length and first and last 64 KiB."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES):
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(f"{path.name}\0{size}\0".encode())
-            digest.update(file.read(WEIGHT_SAMPLE_BYTES))
-            file.seek(max(0, size - WEIGHT_SAMPLE_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()
+def media_are_hashed(vllm_config: Any) -> bool:
+    """Tell whether a medium's identifier stands for its content; with both of vLLM's caches off it is a running number."""
+    media = getattr(vllm_config.model_config, "multimodal_config", None)
+    return media is None or media.mm_processor_cache_gb > 0 or bool(vllm_config.cache_config.enable_prefix_caching)
+
+
+class Adapters:
+    """The LoRA adapters that an engine's requests name, told from others of the same name and place by what they hold.
+
+    One whose files cannot be read, or are newer than the engine, which may still compute with what they were, is this engine's.
+    """
+
+    def __init__(self) -> None:
+        self._engine = secrets.token_hex(8)
+        self._started_at = time.time()
+        self._digests: dict[str, tuple[object, str]] = {}
+
+    def label(self, lora: Any) -> str:
+        """Return what stands for a request's adapter in its namespace."""
+        try:
+            digest = self._digest(lora.lora_path)
+        except (ImportError, OSError, ValueError):
+            digest = self._engine
+        return adapter_label(lora.lora_name, lora.lora_path, digest)
+
+    def _digest(self, path: str) -> str:
+        """Return a digest of an adapter's files, read anew where they have changed.
+
+        Raises: OSError, ImportError.
+        """
+        folder = Path(path).expanduser()
+        files = [*weight_files(folder), folder / ADAPTER_CONFIG] if folder.is_dir() else [hub_ref(path)]
+        stats = [file.stat() for file in files]
+        state = [
+            (file, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            for file, stat in zip(files, stats, strict=True)
+        ]
+        known, digest = self._digests.get(path, (None, ""))
+        if known != state:
+            digest = adapter_digest(folder) if folder.is_dir() else files[0].read_text().strip()
+            if any(stat.st_ctime >= self._started_at for stat in stats):
+                digest = f"{self._engine} {digest}"
+            self._digests[path] = state, digest
+        return digest
 
 
 def layout_of_joined_layers() -> str | None:
@@ -244,15 +316,13 @@ def process_token(pid: int) -> str:
     return f"{boot} {pid_space} {pid} {started_at}"
 
 
-def request_namespace(engine: Namespace, request: Any) -> Namespace:
+def request_namespace(engine: Namespace, request: Any, adapters: Adapters) -> Namespace:
     """Return the engine's namespace narrowed to one request's adapter, media and tenant."""
-    lora = request.lora_request
     media = [
         (feature.identifier, feature.mm_position.offset, feature.mm_position.length) for feature in request.mm_features or ()
     ]
     return engine.for_request(
-        # The path too: an adapter's name can be given to another file.
-        lora=json.dumps([lora.lora_name, lora.lora_path]) if lora is not None else "",
+        lora=adapters.label(request.lora_request) if request.lora_request is not None else "",
         multimodal=hashlib.sha256(json.dumps(media).encode()).hexdigest() if media else "",
         cache_salt=request.cache_salt or "",
     )
@@ -261,3 +331,9 @@ def request_namespace(engine: Namespace, request: Any) -> Namespace:
 def is_cacheable(request: Any) -> bool:
     """Tell whether the request's token ids decide its KV and stay what they are."""
     return request.prompt_token_ids is not None and request.prompt_embeds is None and not request.resumable
+
+
+def must_compute(request: Any) -> bool:
+    """Tell whether the request wants something of each of its prompt's tokens, such as log probabilities. vLLM 0.25 asks us all
+    the same."""
+    return bool(getattr(request, "skip_reading_prefix_cache", False))
