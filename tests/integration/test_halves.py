@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import time
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -986,6 +987,24 @@ def test_where_chunks_lie_is_not_told_when_their_pins_may_soon_be_over(server, m
         setup.scheduler.finished("b")
 
 
+@pytest.mark.parametrize("was_read", [True, False])
+def test_an_answer_that_its_pins_may_not_outlast_is_asked_for_again(server, was_read):
+    """A request may wait in a long queue until what the server found is evicted; vLLM would count on a load of it."""
+    prompt = prompt_of(67, 48)
+    with Setup(server) as setup:
+        setup.run(SimRequest("a", prompt, max_tokens=0))
+        request = SimRequest("b", [*prompt, 0], max_tokens=0)
+        setup.scheduler.announced(request)
+        tracked = setup.scheduler._tracked["b"]
+        if was_read:
+            wait_until(lambda: setup.scheduler.match(request, 0) or setup.scheduler.begin_step(), "it is looked up")
+        tracked.lasts_until = 0.0
+        wait_until(lambda: setup.scheduler.match(request, 0) or setup.scheduler.begin_step(), "it is looked up again")
+        assert (tracked.hit_chunks, tracked.lasts_until > time.monotonic()) == (6, True)
+        setup.scheduler.finished("b")
+        assert num_pins(server, setup) == 0
+
+
 def admit(setup, request, block_ids):
     """Let vLLM admit a request: look up, and plan its load; return how many tokens that brings."""
     for _ in turns():
@@ -1268,6 +1287,60 @@ def test_requests_whose_tokens_do_not_decide_their_kv_are_left_alone(server, wha
             setattr(request, name, value)
         assert setup.scheduler.match(request, 0) == 0
         assert not setup.scheduler._tracked
+
+
+def test_media_that_have_running_numbers_for_names_are_left_alone(server):
+    with Setup(server) as setup:
+        setup.scheduler._media_are_hashed = False
+        request = SimRequest("a", prompt_of(9, 30), max_tokens=0)
+        request.mm_features = (SimpleNamespace(identifier="renderer0-mm-1-image-0"),)
+        assert setup.scheduler.match(request, 0) == 0
+        assert not setup.scheduler._tracked
+
+
+def test_a_request_that_wants_something_of_each_token_of_its_prompt_loads_none_and_is_stored(server):
+    """vLLM 0.25 asks us all the same, and has no log probabilities of tokens that were loaded."""
+    prompt = prompt_of(68, 48)
+    with Setup(server) as setup:
+        setup.run(SimRequest("a", prompt[:24], max_tokens=0))
+        request = SimRequest("b", prompt, max_tokens=0)
+        request.skip_reading_prefix_cache = True
+        setup.run(request)
+        assert setup.engine.num_loaded_tokens == 0
+        assert setup.check_stored(prompt) == 6
+        assert num_pins(server, setup) == 0
+
+
+def test_a_request_whose_tokens_cannot_be_hashed_is_not_tracked(server):
+    with Setup(server) as setup:
+        request = SimRequest("a", [-1, *prompt_of(69, 30)], max_tokens=0)
+        for ask in (setup.scheduler.announced, lambda asked: setup.scheduler.match(asked, 0)):
+            with pytest.raises(ValueError, match="token ids"):
+                ask(request)
+        assert not setup.scheduler._tracked
+
+
+def test_a_failure_while_stores_are_planned_costs_no_other_request_its_blocks(server, monkeypatch):
+    """Else its list would be too short, and its KV be stored under the keys of other tokens."""
+    with Setup(server, saves_decode=True) as setup:
+        plan_stores, plan_store = setup.scheduler.plan_stores, setup.scheduler._plan_store
+
+        def guarded(plan, output):
+            with contextlib.suppress(RuntimeError):  # the plug-in lets none through to vLLM
+                plan_stores(plan, output)
+
+        def failing(plan, tracked):
+            if tracked.request_id == "a":
+                raise RuntimeError
+            plan_store(plan, tracked)
+
+        monkeypatch.setattr(setup.scheduler, "plan_stores", guarded)
+        monkeypatch.setattr(setup.scheduler, "_plan_store", failing)
+        requests = [
+            SimRequest(name, prompt_of(number, 20), max_tokens=tokens) for name, number, tokens in (("a", 70, 8), ("b", 71, 40))
+        ]
+        setup.run(*requests)
+        assert setup.check_stored(requests[1].all_token_ids) >= 6
 
 
 def test_an_engine_without_a_server_goes_on_and_finds_it_when_it_comes():
