@@ -336,8 +336,15 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="M", help="a model that an engine registered (default: the only one)")
     group.add_argument("--tokenizer", metavar="DIR", help="folder or cached name of the tokenizer (default: --model)")
     group.add_argument("--tokenize-with", metavar="URL", help="let the engine at URL tokenize")
-    group.add_argument("--lora", default="", metavar="NAME", help="the request's LoRA adapter")
+    group.add_argument("--lora", type=_lora, metavar="NAME=PATH", help="the request's LoRA adapter, as vLLM was told of it")
     group.add_argument("--cache-salt", default="", metavar="SALT", help="the request's cache salt")
+
+
+def _lora(text: str) -> tuple[str, str]:
+    name, separator, path = text.partition("=")
+    if not name or not separator or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH, as in vLLM's --lora-modules")
+    return name, path
 
 
 # -- environment -----------------------------------------------------------------------------------

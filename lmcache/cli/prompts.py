@@ -11,6 +11,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from lmcache.cli.base import Url, http_url
@@ -19,6 +20,7 @@ from lmcache.cli.status import ModelView
 from lmcache.errors import LMCacheError, UsageError
 from lmcache.keys import chunk_keys
 from lmcache.protocol import MAX_CHUNKS
+from lmcache.weights import adapter_digest, adapter_label
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -297,9 +299,9 @@ def _one_line(model: ModelView) -> str:
 def keys_of(args: Namespace, model: ModelView, token_ids: list[int]) -> bytes:
     """Return the keys of the prompt's whole chunks, in the namespace of one request.
 
-    Raises: UsageError for more chunks than one message holds.
+    Raises: UsageError for more chunks than one message holds, or an adapter that cannot be read.
     """
-    namespace = model.namespace.for_request(lora=args.lora, cache_salt=args.cache_salt)
+    namespace = model.namespace.for_request(lora=_label_of(args.lora), cache_salt=args.cache_salt)
     if len(token_ids) // namespace.chunk_size > MAX_CHUNKS:
         raise UsageError(
             f"the prompt has {len(token_ids)} tokens, more than {MAX_CHUNKS} chunks",
@@ -307,3 +309,17 @@ def keys_of(args: Namespace, model: ModelView, token_ids: list[int]) -> bytes:
             "tokens",
         )
     return chunk_keys(namespace, token_ids)
+
+
+def _label_of(adapter: tuple[str, str] | None) -> str:
+    """Return what stands for a LoRA adapter (name, path) in keys.
+
+    Raises: UsageError.
+    """
+    if adapter is None:
+        return ""
+    name, path = adapter
+    try:
+        return adapter_label(name, path, adapter_digest(Path(path).expanduser()))
+    except OSError as exc:
+        raise UsageError(f"the adapter {name} cannot be read: {exc}", "give its folder as vLLM was given it", "lora") from exc

@@ -11,6 +11,7 @@ from lmcache.cli.prompts import load_tokenizer
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import LMCacheError
 from lmcache.keys import chunk_keys
+from lmcache.weights import adapter_digest, adapter_label
 from tests.cli.conftest import CHUNK_BYTES, CHUNK_TOKENS, LAYOUT, MODEL, Cli, namespace
 from tests.cli.peers import engine_peer, letters, tcp_peer
 from tests.server_process import LmcacheServer
@@ -79,11 +80,25 @@ def test_tokens_may_be_numbers_with_white_space_and_come_from_stdin(zmq_cli: Cli
 
 
 def test_lora_and_salt_are_part_of_what_is_asked_for(zmq_cli: Cli, engine: KVCacheClient, tmp_path: Path):
-    store(engine, list(range(256)), lora="adapter", cache_salt="tenant")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    label = adapter_label("adapter", str(folder), adapter_digest(folder))
+    store(engine, list(range(256)), lora=label, cache_salt="tenant")
     words = ["query", "kvcache", "--tokens", write_tokens(tmp_path, list(range(256)))]
     assert zmq_cli.json(*words)["cache_status"] == "MISS"
-    assert zmq_cli.json(*words, "--lora", "adapter")["cache_status"] == "MISS"
-    assert zmq_cli.json(*words, "--lora", "adapter", "--cache-salt", "tenant")["cache_status"] == "HIT"
+    assert zmq_cli.json(*words, "--lora", f"adapter={folder}")["cache_status"] == "MISS"
+    assert zmq_cli.json(*words, "--lora", f"adapter={folder}", "--cache-salt", "tenant")["cache_status"] == "HIT"
+    (folder / "adapter_model.safetensors").write_bytes(b"trained")
+    assert zmq_cli.json(*words, "--lora", f"adapter={folder}", "--cache-salt", "tenant")["cache_status"] == "MISS"
+
+
+@pytest.mark.parametrize(("adapter", "told"), [("adapter", "is not NAME=PATH"), ("adapter=/nowhere", "cannot be read")])
+def test_an_adapter_that_cannot_be_told_is_a_wrong_call(zmq_cli: Cli, engine: KVCacheClient, tmp_path: Path, adapter, told):
+    words = ["query", "kvcache", "--tokens", write_tokens(tmp_path, list(range(256)))]
+    done = zmq_cli(*words, "--lora", adapter)
+    assert (done.returncode, told in done.stderr) == (2, True)
 
 
 # -- prompts ---------------------------------------------------------------------------------------
