@@ -133,6 +133,7 @@ class FakeTier(L2Adapter):
     """An L2 back end in a dictionary that fails, lags, hangs or corrupts when told to.
 
     `hold`: while it is clear, calls named in `held` wait, at most STOP_SECONDS. `errors`: the reason with which a call fails.
+    `asked`: for how many keys each call of `lengths` asked.
     """
 
     def __init__(self) -> None:
@@ -142,6 +143,7 @@ class FakeTier(L2Adapter):
         self.hold = threading.Event()
         self.hold.set()
         self.calls: list[str] = []
+        self.asked: list[int] = []
         self.num_waiting = 0
         self.is_closed = False
         self._mutex = threading.Lock()
@@ -182,6 +184,7 @@ class FakeTier(L2Adapter):
         return True
 
     def lengths(self, keys: Sequence[str]) -> list[int | None]:
+        self.asked.append(len(keys))
         self._enter("lengths")
         return [len(self.values[key]) if key in self.values else None for key in keys]
 

@@ -1,10 +1,14 @@
 """The way up: what a lookup misses in L1 is asked of the tiers, and what they have is loaded into L1. Owner thread only.
 
-                begin           all tiers asked        the threads are done, or the deadline passed
-    (lookup) ----------> FINDING ----------> LOADING ------------------------------------------> ANSWERED
-                            |  deadline passed                                                       |
-                            +----------------------> ANSWERED                       last thread done v
-                                                                                                   gone
+                begin         a gap, the end, or half    the threads are done, or the deadline passed
+    (lookup) ----------> FINDING -----------------> LOADING ------------------------------------> ANSWERED
+                            |      the time is used                                                   |
+                            |  deadline passed, no leading chunk known               last thread done v
+                            +---------------------------------------------------> ANSWERED          gone
+
+FINDING asks for one batch of leading chunks after the other, each twice as large as the one before; of each batch, every tier
+for what those before it lack. It ends at the first chunk that nobody has, and when half of the time is used up and some leading
+chunks are known, so that there is time to load them: the question under way is cancelled then, and its answer ignored.
 
 Comes in: the keys of a lookup and what L1 has of them. Goes out: `Found`, once. Next on the data path: `l2/tier.py`.
 
@@ -16,14 +20,15 @@ its place given back. Of one lookup's chunks only the leading ones that are good
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 import msgspec
 
 from lmcache.keys import split_keys
 from lmcache.metrics import Metrics
 from lmcache.protocol import MAX_CHUNK_BYTES, Placement, StoreOutcome
-from lmcache.storage.l2.jobs import FindJob, Outcome, ReadJob, Transfer
+from lmcache.storage.l2.jobs import MAX_KEYS_PER_CALL, FindJob, Outcome, ReadJob, Transfer
 from lmcache.storage.l2.tier import Tier, TierConfig
 from lmcache.storage.l2.value import value_key
 from lmcache.storage.manager import StorageManager
@@ -31,6 +36,8 @@ from lmcache.storage.manager import StorageManager
 MAX_PROMOTIONS = 256
 # Of one lookup so many chunks, one for each rank, are asked for: a million tokens of one rank, and some ms of the owner's time.
 MAX_ENTRIES = 4096
+# The share of a lookup's time after which it loads what it knows of, and asks for no more.
+FINDING_SHARE = 0.5
 # One job reads so many bytes in a row, or fewer when that gives every thread of the tier something to do.
 MAX_JOB_BYTES = 8 << 20
 MIN_JOB_BYTES = 1 << 20
@@ -74,12 +81,14 @@ Done = Callable[[Found], None]
 class Promotion:
     """One lookup that waits for the tiers, and afterwards its loads until all threads are done with them."""
 
-    def __init__(self, entries: list[Entry], world_size: int, l1_slots: list[int], deadline: float, done: Done) -> None:
+    def __init__(self, entries: list[Entry], world_size: int, l1_slots: list[int], seconds: float, done: Done) -> None:
         self.entries = entries
         self.world_size = world_size
         self.l1_chunks = len(l1_slots) // world_size
-        self.began_at = time.monotonic()
-        self.deadline = deadline
+        self.questions: Iterator[tuple[Tier, list[Entry]]] = iter(())
+        self.began_at = self.asked_at = time.monotonic()
+        self.find_until = self.began_at + FINDING_SHARE * seconds
+        self.deadline = self.began_at + seconds
         self.done = done
         self.pinned = list(l1_slots)
         self.loads: list[Load] = []
@@ -90,6 +99,11 @@ class Promotion:
         self.loading_since = 0.0
         self.is_answered = False
         self.is_cancelled = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there are threads, or another's loads, to wait for. What was cancelled is not waited for."""
+        return bool(self.waits_for) or not all(job.is_cancelled for job in self.jobs)
 
     def loaded_bytes(self, tier: Tier) -> int:
         """Bytes of the chunks that a tier has delivered."""
@@ -145,9 +159,10 @@ class Promoter:
             return False
         entries = [Entry(wanted[i], rank, wanted[i - 1] if i else b"") for i in missing for rank in range(world_size)]
         self._l1.pin(l1_slots)
-        promotion = Promotion(entries, world_size, l1_slots, time.monotonic() + timeout_seconds, done)
+        promotion = Promotion(entries, world_size, l1_slots, timeout_seconds, done)
+        promotion.questions = self._questions(promotion, tiers)
         self._promotions.add(promotion)
-        self._find(promotion, tiers)
+        self._find(promotion)
         return True
 
     def _askable(self) -> list[Tier]:
@@ -164,25 +179,45 @@ class Promoter:
                 found.append(tier)
         return found
 
-    def _find(self, promotion: Promotion, tiers: list[Tier]) -> None:
-        """Ask the first of `tiers` for what is not found yet, then the next; then load."""
-        lacking = [e for e in promotion.entries if e.tier is None and self._l1.find(e.key, e.rank) is None]
-        if promotion.is_answered or not tiers or not lacking:
-            if not promotion.is_answered:
-                self._load(promotion)
-            self._drop_if_over(promotion)
+    def _questions(self, promotion: Promotion, tiers: list[Tier]) -> Iterator[tuple[Tier, list[Entry]]]:
+        """What to ask next, and whom: it depends on the answers so far."""
+        for batch in _batches(promotion.entries, promotion.world_size, tiers):
+            for tier in tiers:
+                lacking = self._lacking(batch)
+                if lacking:
+                    yield tier, lacking
+            if self._lacking(batch):
+                return
+
+    def _lacking(self, entries: Sequence[Entry]) -> list[Entry]:
+        """What nobody is known to have."""
+        return [e for e in entries if e.tier is None and self._l1.find(e.key, e.rank) is None]
+
+    def _find(self, promotion: Promotion) -> None:
+        """Ask the next question; load when there is none, or when it is time to."""
+        question = None if self._is_time_to_load(promotion) else next(promotion.questions, None)
+        if question is None:
+            self._load(promotion)
             return
-        tier, rest = tiers[0], tiers[1:]
+        tier, entries = question
 
         def found() -> None:
             promotion.jobs.pop(job)
-            if job.error is None and not job.is_cancelled:
-                note_found(tier, lacking, job.chunk_lengths)
-            self._find(promotion, rest)
+            if job.is_cancelled:
+                self._drop_if_over(promotion)
+                return
+            if job.error is None:
+                note_found(tier, entries, job.chunk_lengths)
+            promotion.asked_at = time.monotonic()
+            self._find(promotion)
 
-        job = FindJob([value_key(e.key, e.rank) for e in lacking], found)
+        job = FindJob([value_key(e.key, e.rank) for e in entries], found)
         promotion.jobs[job] = tier
         tier.submit(job)
+
+    def _is_time_to_load(self, promotion: Promotion) -> bool:
+        first = promotion.entries[: promotion.world_size]
+        return bool(first) and time.monotonic() >= promotion.find_until and not self._lacking(first)
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -291,7 +326,7 @@ class Promoter:
         self._finish_if_loaded(promotion)
 
     def _finish_if_loaded(self, promotion: Promotion) -> None:
-        if promotion.jobs or promotion.waits_for:
+        if promotion.is_waiting:
             return
         self._answer(promotion)
         self._drop_if_over(promotion)
@@ -358,19 +393,32 @@ class Promoter:
     # -- time passes --------------------------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Answer the lookups whose deadline has passed with what is in L1 by now."""
+        """Answer the lookups whose deadline has passed with what is in L1 by now; load for those that have asked for long."""
         now = time.monotonic()
-        for promotion in [p for p in self._promotions if p.deadline <= now and not p.is_answered]:
-            self._metrics.count("lmcache_l2_lookups_past_deadline")
-            self._blame(promotion)
-            self._stop(promotion)
+        for promotion in [p for p in self._promotions if not p.is_answered]:
+            if promotion.deadline <= now:
+                self._metrics.count("lmcache_l2_lookups_past_deadline")
+                self._blame(promotion)
+                self._stop(promotion)
+            elif not promotion.loading_since and self._is_time_to_load(promotion):
+                self._blame(promotion)
+                _cancel_jobs(promotion)
+                self._load(promotion)
 
     def _blame(self, promotion: Promotion) -> None:
-        """A tier that had nothing to show by the deadline has failed; one that is merely slow, or busy for others, has not."""
-        for tier in set(promotion.jobs.values()):
-            jobs = [job for job, of_tier in promotion.jobs.items() if of_tier is tier]
-            operation = jobs[0].operation  # first all of them find, then all of them read
-            since = promotion.loading_since if operation == "read" else promotion.began_at
+        """A tier that had nothing to show when its time was up has failed; one that is slow, or busy for others, has not.
+
+        Nor has one that was asked late, because those before it took most of the time.
+        """
+        is_loading = promotion.loading_since > 0
+        operation, since = ("read", promotion.loading_since) if is_loading else ("find", promotion.began_at)
+        if promotion.asked_at - since > time.monotonic() - promotion.asked_at:
+            return
+        jobs_of: dict[Tier, list[FindJob | ReadJob]] = {}
+        for job, tier in promotion.jobs.items():
+            if not job.is_cancelled:
+                jobs_of.setdefault(tier, []).append(job)
+        for tier, jobs in jobs_of.items():
             if tier.last_progress_at[operation] < since and not any(job.has_done_something for job in jobs):
                 tier.fail(operation, "deadline", "a lookup's deadline passed with nothing done", tier.reads)
 
@@ -382,8 +430,7 @@ class Promoter:
 
     def _stop(self, promotion: Promotion) -> None:
         """Answer, and let threads begin no further chunk of it."""
-        for job in promotion.jobs:
-            job.is_cancelled = True
+        _cancel_jobs(promotion)
         for other in promotion.waits_for:
             other.waiters.discard(promotion)
         promotion.waits_for.clear()
@@ -399,21 +446,29 @@ class Promoter:
         if not names or not tiers:
             return False
         entries = [Entry(key, rank) for key in names for rank in range(world_size)]
-        query = Query(self, entries, world_size, len(l1_slots) // world_size, done)
-        promotion = Promotion([], world_size, [], time.monotonic() + timeout_seconds, query.finish)
+        query = Query(self, entries, world_size, len(l1_slots) // world_size, [tier.name for tier in tiers], done)
+        promotion = Promotion([], world_size, [], timeout_seconds, query.finish)
         self._promotions.add(promotion)
         for tier in tiers:
-            self._ask(promotion, query, tier)
+            self._ask(promotion, query, tier, _batches(entries, world_size, tiers))
         return True
 
-    def _ask(self, promotion: Promotion, query: Query, tier: Tier) -> None:
+    def _ask(self, promotion: Promotion, query: Query, tier: Tier, batches: Iterator[list[Entry]]) -> None:
+        """Ask a tier for one batch after the other, however far the other tiers are, until the prefix is known to end."""
+        batch = next(batches, [])
+        if not batch or query.has_gap():
+            self._finish_if_loaded(promotion)
+            return
+
         def found() -> None:
             promotion.jobs.pop(job)
             if job.error is None and not job.is_cancelled:
                 query.note(tier, [length is not None for length in job.chunk_lengths])
-            self._finish_if_loaded(promotion)
+                self._ask(promotion, query, tier, batches)
+            else:
+                self._finish_if_loaded(promotion)
 
-        job = FindJob([value_key(e.key, e.rank) for e in query.entries], found)
+        job = FindJob([value_key(e.key, e.rank) for e in batch], found)
         promotion.jobs[job] = tier
         tier.submit(job)
 
@@ -425,25 +480,33 @@ class Promoter:
 class Query:
     """A lookup that nobody loads for: which tier holds what."""
 
-    def __init__(self, promoter: Promoter, entries: list[Entry], world_size: int, l1_chunks: int, done: Done) -> None:
+    def __init__(
+        self, promoter: Promoter, entries: list[Entry], world_size: int, l1_chunks: int, tiers: Iterable[str], done: Done
+    ) -> None:
         self.entries = entries
         self._promoter = promoter
         self._world_size = world_size
         self._l1_chunks = l1_chunks
         self._done = done
-        self._held: dict[str, list[bool]] = {}
+        self._held: dict[str, list[bool]] = {tier: [] for tier in tiers}
 
     def note(self, tier: Tier, is_there: list[bool]) -> None:
-        """Take in one tier's answer."""
-        self._held[tier.name] = is_there
+        """Take in a tier's answer about the entries that follow those of its answers so far."""
+        self._held[tier.name] += is_there
+
+    def has_gap(self) -> bool:
+        """Whether all tiers have been asked for an entry that nobody has."""
+        return not all(any(found) for found in zip(*self._held.values(), self._here(), strict=False))
 
     def finish(self, _: Found) -> None:
-        """Add up and answer."""
-        here = [self._promoter.is_in_l1(entry) for entry in self.entries]
-        anywhere = [any(found) for found in zip(here, *self._held.values(), strict=True)]
+        """Add up what is known and answer."""
+        anywhere = [any(found) for found in zip_longest(self._here(), *self._held.values(), fillvalue=False)]
         hit_chunks = next((i for i, chunk in enumerate(self._by_chunk(anywhere)) if not all(chunk)), self._num_chunks)
-        tiers = {name: sum(all(chunk) for chunk in self._by_chunk(held)[:hit_chunks]) for name, held in self._held.items()}
+        tiers = {name: sum(map(all, self._by_chunk(held)[:hit_chunks])) for name, held in self._held.items() if held}
         self._done(Found(l1_chunks=self._l1_chunks, hit_chunks=hit_chunks, tiers=tiers))
+
+    def _here(self) -> Iterable[bool]:
+        return map(self._promoter.is_in_l1, self.entries)
 
     @property
     def _num_chunks(self) -> int:
@@ -462,6 +525,20 @@ def note_found(tier: Tier, entries: Sequence[Entry], chunk_lengths: Sequence[int
             num_hits += 1
     tier.count("lookup_chunks", "hit", by=num_hits)
     tier.count("lookup_chunks", "miss", by=len(entries) - num_hits)
+
+
+def _batches(entries: list[Entry], world_size: int, tiers: Sequence[Tier]) -> Iterator[list[Entry]]:
+    """Cut entries into batches of whole chunks, small first: a prefix that ends early costs few questions."""
+    start, size = 0, min(MAX_KEYS_PER_CALL, *(tier.keys_at_once for tier in tiers))
+    while start < len(entries):
+        end = start + max(1, size // world_size) * world_size
+        yield entries[start:end]
+        start, size = end, min(2 * size, MAX_KEYS_PER_CALL)
+
+
+def _cancel_jobs(promotion: Promotion) -> None:
+    for job in promotion.jobs:
+        job.is_cancelled = True
 
 
 def _chunks(promotion: Promotion) -> Iterable[list[Entry]]:

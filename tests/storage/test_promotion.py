@@ -348,10 +348,93 @@ def test_no_more_lookups_wait_than_may(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_long_prompt_is_asked_for_in_calls_of_512(tmp_path: Path):
+    with tiered_in(tmp_path, num_pages=1024) as tiered:
+        put_value(tiered.fake, *range(600))
+        assert tiered.look_up(*range(600)) == 600
+        assert tiered.fake.calls.count("lengths") == 2
+
+
+def test_a_tier_is_asked_for_twice_as_many_each_time_and_no_further_than_the_first_gap(tmp_path: Path):
+    with tiered_in(tmp_path) as tiered:
+        tiered.fake.keys_at_once = 4
+        put_value(tiered.fake, *range(8))
+        put_value(tiered.fake, *range(9, 40))
+        assert tiered.look_up(*range(40)) == 8
+        assert tiered.fake.asked == [4, 8]
+        assert tiered.look_up(*range(100, 140), world_size=3) == 0
+        assert tiered.fake.asked[2:] == [3]  # whole chunks
+
+
+def test_a_lower_tier_fills_a_gap_and_the_one_above_is_asked_for_what_follows(tmp_path: Path):
+    with tiered_in(tmp_path, num_tiers=2) as tiered:
+        for fake in tiered.fakes:
+            fake.keys_at_once = 1
+        put_value(tiered.fakes[0], 0, 2, 3)
+        put_value(tiered.fakes[1], 0, 1, 2, 3)
+        assert tiered.look_up(0, 1, 2, 3, 4) == 4
+        assert [fake.calls.count("get") for fake in tiered.fakes] == [3, 1]
+
+
+@pytest.mark.parametrize("is_asked_late", [False, True])
+def test_what_is_known_at_half_of_the_time_is_loaded(tmp_path: Path, is_asked_late: bool):
+    """One tier has said what it has, and the next one hangs; it has failed if most of the time went to it."""
+    with tiered_in(tmp_path, num_tiers=2) as tiered:
+        put_value(tiered.fakes[0], 0, 1)
+        put_value(tiered.fakes[1], 2)
+        tiered.fakes[1].stop("lengths")
+        assert tiered.begin(0, 1, 2)
+        tiered.until(lambda: tiered.fakes[1].num_waiting)
+        [promotion] = tiered.tiers._promoter._promotions
+        assert promotion.find_until < promotion.deadline
+        promotion.began_at = promotion.asked_at - (1e6 if is_asked_late else 0.0)
+        promotion.find_until = 0.0
+        tiered.until(lambda: tiered.found)
+        assert len(tiered.manager.l1.find_prefix(keys(0, 1, 2), 1)) == 2
+        assert tiered.metrics.value("lmcache_l2_lookups_past_deadline") == 0
+        assert tiered.value("failures", "find", "deadline", tier="fake-2") == (not is_asked_late)
+        tiered.fakes[1].go()
+        tiered.settle()
+        assert "get" not in tiered.fakes[1].calls  # its answer came too late for this lookup
+
+
+def test_a_lookup_that_knows_of_nothing_yet_waits_until_its_deadline(tmp_path: Path):
     with tiered_in(tmp_path) as tiered:
         put_value(tiered.fake, 0)
-        assert tiered.look_up(*range(600)) == 1
-        assert tiered.fake.calls.count("lengths") == 2
+        tiered.fake.stop("lengths")
+        assert tiered.begin(0)
+        tiered.until(lambda: tiered.fake.num_waiting)
+        [promotion] = tiered.tiers._promoter._promotions
+        promotion.find_until = 0.0
+        tiered.tiers.tick()
+        assert not tiered.found
+        tiered.fake.go()
+        tiered.until(lambda: tiered.found)
+        assert len(tiered.manager.l1.find_prefix(keys(0), 1)) == 1
+
+
+def test_a_description_tells_what_is_known_by_the_deadline(tmp_path: Path):
+    with tiered_in(tmp_path, num_tiers=2) as tiered:
+        tiered.fake.keys_at_once = 1
+        put_value(tiered.fakes[0], 0, 1, 2)
+        tiered.fakes[1].stop("lengths")
+        assert tiered.begin(0, 1, 2, 3, promotes=False)
+        tiered.until(lambda: sum(tiered.fake.asked) == 4)
+        [promotion] = tiered.tiers._promoter._promotions
+        tiered.until(lambda: len(promotion.jobs) == 1)
+        promotion.deadline = 0.0
+        tiered.until(lambda: tiered.found)
+        [found] = tiered.found
+        assert (found.hit_chunks, found.tiers) == (3, {"fake-1": 3})
+
+
+def test_a_description_asks_no_further_than_the_first_gap(tmp_path: Path):
+    with tiered_in(tmp_path) as tiered:
+        tiered.fake.keys_at_once = 2
+        put_value(tiered.fake, 0, 1, 3)
+        tiered.look_up(*range(40), promotes=False)
+        assert tiered.fake.asked == [2, 4]
+        [found] = tiered.found
+        assert (found.hit_chunks, found.tiers) == (2, {"fake-1": 2})
 
 
 def test_another_servers_reservations_stay_while_its_threads_may_write(tmp_path: Path):

@@ -58,6 +58,8 @@ class L2Adapter(ABC):
     takes as long as the kernel does. Threads: any, several at once.
     """
 
+    keys_at_once = 512
+    """For how many keys `lengths` takes about as long as for one: a lookup asks for so many first."""
     is_evicting = False
     """Whether it decides itself what goes, by last use: then it is told of uses that it does not see."""
 

@@ -76,6 +76,7 @@ class _Entry(msgspec.Struct):
 class FsAdapter(L2Adapter):
     """One folder."""
 
+    keys_at_once = 64  # each is a call of its own, on a mount a round trip
     is_evicting = True
 
     def __init__(self, spec: AdapterSpec) -> None:

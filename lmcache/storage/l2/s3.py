@@ -60,6 +60,7 @@ class ObjectStoreAdapter(L2Adapter):
     def __init__(self, spec: AdapterSpec) -> None:
         assert isinstance(spec.settings, ObjectStoreSettings)
         self._settings = spec.settings
+        self.keys_at_once = spec.settings.max_requests
         self._prefix = spec.settings.prefix + "/"
         self._name = f"{spec.name}://{spec.settings.bucket}"
         try:

@@ -116,6 +116,11 @@ class Tier:
     # -- work ---------------------------------------------------------------------------------------------------------
 
     @property
+    def keys_at_once(self) -> int:
+        """For how many keys a question takes about as long as for one."""
+        return self._adapter.keys_at_once
+
+    @property
     def num_readers(self) -> int:
         """How many reads run side by side."""
         return self._readers.num_threads

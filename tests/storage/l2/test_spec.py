@@ -175,3 +175,9 @@ def test_no_client_is_loaded_by_reading_specs():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
+
+
+def test_an_object_store_is_asked_for_as_many_keys_as_it_answers_at_once():
+    adapter = make_adapter(parse_adapter("s3://bucket?max-requests=7&access-key-id=a&secret-access-key=b"))
+    assert adapter.keys_at_once == 7
+    adapter.close()
