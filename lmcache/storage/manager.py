@@ -147,7 +147,7 @@ class StorageManager:
         best: list[int] = []
         num_found = 0
         hopeless: set[int] = set()
-        for slot in self._unpinned():
+        for slot in self.l1.evictable():
             if slot in hopeless:
                 continue
             run, is_enough = self.l1.evictable_run(slot, num_pages)
@@ -164,7 +164,7 @@ class StorageManager:
         return best
 
     def _evict_one(self) -> bool:
-        for slot in self._unpinned():
+        for slot in self.l1.evictable():
             self._remove(slot, RemovalReason.DEMAND)
             return True
         return False
@@ -178,7 +178,7 @@ class StorageManager:
         self._is_evicting = used > (self._low_pages if self._is_evicting else self._high_pages)
         if self._is_evicting:
             evicted = 0
-            for slot in itertools.islice(self._unpinned(), MAX_EVICTED_PER_PASS):
+            for slot in itertools.islice(self.l1.evictable(), MAX_EVICTED_PER_PASS):
                 if self.l1.used_pages <= self._low_pages:
                     break
                 if self.may_go is None or self.may_go(slot):
@@ -262,11 +262,6 @@ class StorageManager:
         """Stop the background work and close the pool."""
         self.residency.close()
         self.l1.pool.close(keep=keep)
-
-    def _unpinned(self) -> Iterator[int]:
-        for slot in self.l1.policy.victims():
-            if not self.l1.is_pinned(slot):
-                yield slot
 
     def _remove(self, slot: int, reason: RemovalReason) -> None:
         if self.on_slot_removed is not None:

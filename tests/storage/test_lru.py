@@ -13,12 +13,20 @@ MAX_SLOTS = 24
 
 
 class AgainstList(RuleBasedStateMachine):
-    """`order` is oldest first. A run is inserted last chunk first, so that its first chunk is the newest."""
+    """`order` is oldest first, and begins with `num_aside` that are set aside.
+
+    A run is inserted last chunk first, so that its first chunk is the newest.
+    """
 
     @initialize()
     def start(self) -> None:
         self.policy = LRUPolicy()
         self.order: list[int] = []
+        self.num_aside = 0
+
+    def take_out(self, slot: int) -> None:
+        self.num_aside -= self.order.index(slot) < self.num_aside
+        self.order.remove(slot)
 
     @rule(data=st.data())
     def add(self, data: st.DataObject) -> None:
@@ -28,7 +36,7 @@ class AgainstList(RuleBasedStateMachine):
         slots = data.draw(st.lists(st.sampled_from(absent), min_size=1, max_size=6, unique=True))
         older_than = data.draw(st.none() | st.sampled_from(self.order)) if self.order else None
         self.policy.add(slots, older_than)
-        at = len(self.order) if older_than is None else self.order.index(older_than)
+        at = len(self.order) if older_than is None else max(self.num_aside, self.order.index(older_than))
         self.order[at:at] = reversed(slots)
 
     @precondition(lambda self: self.order)
@@ -38,7 +46,7 @@ class AgainstList(RuleBasedStateMachine):
         slots = data.draw(st.lists(st.sampled_from(self.order), min_size=1, max_size=8))
         self.policy.touch(slots)
         for slot in reversed(slots):
-            self.order.remove(slot)
+            self.take_out(slot)
             self.order.append(slot)
 
     @precondition(lambda self: self.order)
@@ -48,14 +56,16 @@ class AgainstList(RuleBasedStateMachine):
         last = data.draw(st.integers(first, len(self.order) - 1))
         run = self.order[first : last + 1]
         self.policy.touch(run[::-1])
-        self.order = self.order[:first] + self.order[last + 1 :] + run
+        for slot in run:
+            self.take_out(slot)
+        self.order += run
 
     @precondition(lambda self: self.order)
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(self.order))
         self.policy.remove(slot)
-        self.order.remove(slot)
+        self.take_out(slot)
 
     @precondition(lambda self: self.order)
     @rule(data=st.data())
@@ -67,12 +77,43 @@ class AgainstList(RuleBasedStateMachine):
             if slot in doomed:
                 self.policy.remove(slot)
         assert seen == self.order
-        self.order = [slot for slot in self.order if slot not in doomed]
+        for slot in doomed:
+            self.take_out(slot)
+
+    @precondition(lambda self: self.order)
+    @rule(data=st.data())
+    def set_aside_while_yielding(self, data: st.DataObject) -> None:
+        chosen = set(data.draw(st.lists(st.sampled_from(self.order))))
+        seen = []
+        for slot in self.policy.candidates():
+            seen.append(slot)
+            if slot in chosen:
+                self.policy.set_aside(slot)
+        assert seen == self.order[self.num_aside :]
+        self.order[self.num_aside :] = [slot for slot in seen if slot in chosen] + [slot for slot in seen if slot not in chosen]
+        self.num_aside += len(chosen & set(seen))
+
+    @precondition(lambda self: self.order)
+    @rule(data=st.data())
+    def bring_back(self, data: st.DataObject) -> None:
+        """Any slots, also those that were never set aside: to them nothing happens."""
+        slots = data.draw(st.lists(st.sampled_from(self.order), unique=True))
+        self.policy.bring_back(slots)
+        for slot in slots:
+            if self.order.index(slot) < self.num_aside:
+                self.take_out(slot)
+                self.order.insert(self.num_aside, slot)
 
     @invariant()
     def victims_come_oldest_first(self) -> None:
         victims = self.policy.victims()
         assert [slot for slot, _ in zip(victims, range(2 * MAX_SLOTS), strict=False)] == self.order
+
+    @invariant()
+    def candidates_are_those_that_are_not_set_aside(self) -> None:
+        candidates = self.policy.candidates()
+        found = [slot for slot, _ in zip(candidates, range(2 * MAX_SLOTS), strict=False)]
+        assert found == self.order[self.num_aside :]
 
 
 TestAgainstList = AgainstList.TestCase

@@ -174,6 +174,12 @@ class ManagerMachine(RuleBasedStateMachine):
             assert sorted(victims) == sorted(self.l1.slots())
 
     @invariant()
+    def what_is_not_pinned_is_a_candidate(self) -> None:
+        if hasattr(self, "manager"):
+            pinned = {self.l1.find(key(number), 0) for number, count in self.pins.items() if count}
+            assert {*self.l1.slots()} - {*self.l1.policy.candidates()} <= pinned
+
+    @invariant()
     def dead_placements_are_known_as_stale(self) -> None:
         if hasattr(self, "manager"):
             assert all(self.l1.pool.generation(place.slot) > place.generation for place in self.dead_placements)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 
@@ -18,5 +18,14 @@ class EvictionPolicy(Protocol):
     def remove(self, slot: int) -> None:
         """Forget a slot."""
 
+    def set_aside(self, slot: int) -> None:
+        """Leave a slot out of `candidates`, until it is touched, brought back or removed."""
+
+    def bring_back(self, slots: Iterable[int]) -> None:
+        """Make those of these slots that were set aside the best victims. In token order, as everywhere."""
+
     def victims(self) -> Iterator[int]:
-        """Yield slots, the best victim first. The caller may remove the slot just yielded, and no other."""
+        """Yield all slots, the best victim first. The caller may remove the slot just yielded, and no other."""
+
+    def candidates(self) -> Iterator[int]:
+        """Yield those that are not set aside, the best victim first. It may be set aside or removed as it is yielded."""

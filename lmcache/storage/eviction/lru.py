@@ -6,58 +6,91 @@ A chunk without its predecessors can never be hit again, so evicting from the en
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+# Positions in the list: its head and tail, the mark behind those that are set aside, and the first slot's.
+ENDS, MARK, FIRST = 0, 1, 2
 
 
 class LRUPolicy:
     """A doubly linked list in two arrays, 8 bytes a slot, invisible to the garbage collector.
 
-    Position 0 is the list's head and tail; slot s lives at s + 1. From the head: oldest to newest.
+    Slot s lives at s + FIRST. From the head, oldest to newest: the slots that are set aside, the mark, all others.
     """
 
     def __init__(self) -> None:
-        self._next = array("I", [0])
-        self._previous = array("I", [0])
+        self._next = array("I", [MARK, ENDS])
+        self._previous = array("I", [MARK, ENDS])
+        self._aside: set[int] = set()
 
     def add(self, slots: Sequence[int], older_than: int | None = None) -> None:
         """Insert a run: as the newest, or behind its predecessor, so that a prompt stored in steps is still suffix first."""
-        missing = max(slots) + 2 - len(self._next)
+        missing = max(slots) + FIRST + 1 - len(self._next)
         if missing > 0:
             self._next.extend([0] * missing)
             self._previous.extend([0] * missing)
-        newer = 0 if older_than is None else older_than + 1
+        newer = ENDS if older_than is None else older_than + FIRST
+        if older_than in self._aside:
+            newer = self._next[MARK]
         for slot in slots:
-            newer = self._link(slot + 1, slot + 1, newer)
+            newer = self._link(slot + FIRST, slot + FIRST, newer)
 
     def touch(self, slots: Sequence[int]) -> None:
         """Make a prefix the newest, its first chunk newest of all. Runs that already lie in this order move as one."""
-        following, previous = self._next, self._previous
+        if self._aside:
+            self._aside.difference_update(slots)
+        following = self._next
         index = len(slots) - 1
         while index >= 0:
-            first = last = slots[index] + 1
+            first = last = slots[index] + FIRST
             index -= 1
-            while index >= 0 and following[last] == slots[index] + 1:
-                last = slots[index] + 1
+            while index >= 0 and following[last] == slots[index] + FIRST:
+                last = slots[index] + FIRST
                 index -= 1
-            before, after = previous[first], following[last]
-            following[before] = after
-            previous[after] = before
-            self._link(first, last, 0)
+            self._unlink(first, last)
+            self._link(first, last, ENDS)
 
     def remove(self, slot: int) -> None:
         """Unlink a slot."""
-        position = slot + 1
-        before, after = self._previous[position], self._next[position]
-        self._next[before] = after
-        self._previous[after] = before
+        self._aside.discard(slot)
+        self._unlink(slot + FIRST, slot + FIRST)
+
+    def set_aside(self, slot: int) -> None:
+        """Move a slot to just before the mark: `candidates` begins behind it."""
+        self._aside.add(slot)
+        self._move(slot, MARK)
+
+    def bring_back(self, slots: Iterable[int]) -> None:
+        """Make those that were set aside the oldest of the others: what was used before them has gone, or was older."""
+        for slot in slots if self._aside else ():
+            if slot in self._aside:
+                self._aside.remove(slot)
+                self._move(slot, self._next[MARK])
 
     def victims(self) -> Iterator[int]:
-        """Yield slots from the oldest to the newest."""
-        position = self._next[0]
+        """Yield all slots from the oldest to the newest."""
+        return self._after(ENDS)
+
+    def candidates(self) -> Iterator[int]:
+        """Yield those that are not set aside, from the oldest to the newest."""
+        return self._after(MARK)
+
+    def _after(self, start: int) -> Iterator[int]:
+        position = self._next[start]
         while position:
             following = self._next[position]
-            yield position - 1
+            if position != MARK:
+                yield position - FIRST
             position = following
+
+    def _move(self, slot: int, newer: int) -> None:
+        self._unlink(slot + FIRST, slot + FIRST)
+        self._link(slot + FIRST, slot + FIRST, newer)
+
+    def _unlink(self, first: int, last: int) -> None:
+        before, after = self._previous[first], self._next[last]
+        self._next[before] = after
+        self._previous[after] = before
 
     def _link(self, first: int, last: int, newer: int) -> int:
         """Put the run first..last, already linked inside, right before `newer`; return its oldest position."""
