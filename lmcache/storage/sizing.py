@@ -162,7 +162,7 @@ def _meminfo() -> dict[str, int]:
 
 
 def _cgroup_available() -> int | None:
-    """Return limit - usage of the tightest cgroup we are in (v2, then v1); None without one."""
+    """Return limit - usage, without page cache, of the tightest cgroup we are in (v2, then v1); None without one."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -171,10 +171,11 @@ def _cgroup_available() -> int | None:
     for line in lines:
         controllers, _, path = line.partition(":")[2].partition(":")
         if controllers == "":
-            found += [_room(group, "memory.max", "memory.current") for group in _ancestors(CGROUP_ROOT, path)]
+            names = ("memory.max", "memory.current", "inactive_file")
+            found += [_room(group, *names) for group in _ancestors(CGROUP_ROOT, path)]
         elif "memory" in controllers.split(","):
-            root = CGROUP_ROOT / "memory"
-            found += [_room(group, "memory.limit_in_bytes", "memory.usage_in_bytes") for group in _ancestors(root, path)]
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            found += [_room(group, *names) for group in _ancestors(CGROUP_ROOT / "memory", path)]
     return min((room for room in found if room is not None), default=None)
 
 
@@ -183,7 +184,7 @@ def _ancestors(root: Path, path: str) -> list[Path]:
     return [group, *(parent for parent in group.parents if parent.is_relative_to(root))]
 
 
-def _room(group: Path, limit_name: str, usage_name: str) -> int | None:
+def _room(group: Path, limit_name: str, usage_name: str, cache_name: str) -> int | None:
     try:
         limit = (group / limit_name).read_text().strip()
         usage = int((group / usage_name).read_text())
@@ -191,4 +192,13 @@ def _room(group: Path, limit_name: str, usage_name: str) -> int | None:
         return None
     if not limit.isdigit() or int(limit) >= 1 << 60:
         return None
-    return max(0, int(limit) - usage)
+    return max(0, int(limit) - max(0, usage - _page_cache(group, cache_name)))
+
+
+def _page_cache(group: Path, name: str) -> int:
+    """Return what the kernel gives back before it kills anything, as kubelet counts it; files in a tmpfs are no part of it."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+        return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
+    except (OSError, ValueError, IndexError):
+        return 0

@@ -112,6 +112,23 @@ def test_unknown_cgroup_lines_bound_nothing_and_stop_nothing(machine: Machine, l
     assert machine.room() is None
 
 
+@pytest.mark.parametrize(
+    ("lines", "group", "names", "cache_name"),
+    [
+        ("0::/box\n", "box", ("memory__max", "memory__current"), "inactive_file"),
+        ("5:memory:/box\n", "memory/box", ("memory__limit_in_bytes", "memory__usage_in_bytes"), "total_inactive_file"),
+    ],
+)
+def test_page_cache_that_the_kernel_gives_back_is_room(
+    machine: Machine, lines: str, group: str, names: tuple[str, str], cache_name: str
+):
+    machine.files["/proc/self/cgroup"] = lines
+    for cache_bytes, room in ((13 * GIB, 14 * GIB), (20 * GIB, 16 * GIB), ("x", GIB)):
+        stat = f"anon {GIB}\nshmem {GIB}\n\nmy_{cache_name} {GIB}\n{cache_name} {cache_bytes}\nactive_file {GIB}"
+        machine.has_group(group, **dict(zip(names, (16 * GIB, 15 * GIB), strict=True)), memory__stat=stat)
+        assert machine.room() == room
+
+
 def test_usage_above_the_limit_leaves_nothing(machine: Machine):
     machine.files["/proc/self/cgroup"] = "0::/\n"
     machine.has_group("", memory__max=GIB, memory__current=2 * GIB)
