@@ -786,7 +786,7 @@ class CacheService:
         if self.tiers is not None and clear.request.tier is ClearTier.L1:
             self.tiers.stop_moving()
         elif self.tiers is not None:
-            clear.clearing = self.tiers.clear()
+            clear.clearing = self.tiers.clear(keeps_l1=clear.request.tier is ClearTier.L2)
         self._pending_clears.append(clear)
         self._continue_clears()
 

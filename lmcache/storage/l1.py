@@ -169,6 +169,15 @@ class L1Cache:
         """Return the committed slots, in no particular order."""
         return self._index.values()
 
+    @property
+    def num_used_slots(self) -> int:
+        """Slots below this number have been in use; none above."""
+        return self._next_slot
+
+    def slots_in(self, numbers: range) -> list[int]:
+        """Return the committed slots among these numbers, all below `num_used_slots`."""
+        return [slot for slot in numbers if self._key_at[slot]]
+
     # -- the life of an entry -----------------------------------------------------------------------------------------
 
     def outcome_if_known(self, key: bytes, rank: int) -> StoreOutcome | None:

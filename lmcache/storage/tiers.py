@@ -159,16 +159,19 @@ class Tiers:
         """Chunks that threads are at, in either direction: they cannot be removed yet."""
         return len(self._promoter) + sum(writeback.num_in_flight for writeback in self._writebacks)
 
-    def clear(self) -> Clearing:
-        """Remove everything from every tier; until a tier has done that, lookups find nothing in it."""
+    def clear(self, keeps_l1: bool = False) -> Clearing:
+        """Remove everything from every tier; until a tier has done that, lookups find nothing in it.
+
+        `keeps_l1`: L1 is not cleared with them, and what it holds then is written to them again.
+        """
         self.stop_moving()
         clearing = Clearing(self._tiers)
         for index, writeback in enumerate(self._writebacks):
             writeback.tier.num_clears += 1
-            self._clear_tier(clearing, index, writeback)
+            self._clear_tier(clearing, index, writeback, keeps_l1 and self._ahead is None)
         return clearing
 
-    def _clear_tier(self, clearing: Clearing, index: int, writeback: Writeback) -> None:
+    def _clear_tier(self, clearing: Clearing, index: int, writeback: Writeback, starts_over: bool) -> None:
         def cleared() -> None:
             writeback.tier.num_clears -= 1
             writeback.tier.forget_usage()
@@ -179,6 +182,8 @@ class Tiers:
                 done=True,
                 error="" if job.error is None else str(job.error),
             )
+            if starts_over:
+                writeback.start_over()
 
         job = ClearJob(cleared)
         writeback.run_alone(job)
@@ -223,6 +228,8 @@ class Tiers:
         self._promoter.cancel_all()
         if self._ahead is not None and not self._storage.l1.pool.header.persistent:
             self._ahead.offer_all()
+        for writeback in self._writebacks:
+            writeback.offer_rest()
         while time.monotonic() < deadline and not self._is_drained():
             time.sleep(DRAIN_STEP_SECONDS)
             self.tick()

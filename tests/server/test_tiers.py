@@ -107,10 +107,12 @@ def test_a_lookup_without_pins_tells_what_each_tier_holds(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("tier", "in_l1", "in_l2"), [(ClearTier.L1, 0, 3), (ClearTier.L2, 3, 0), (ClearTier.ALL, 0, 0)], ids=lambda v: str(v)
+    ("tier", "in_l1", "in_l2", "again"),
+    [(ClearTier.L1, 0, 3, 0), (ClearTier.L2, 3, 0, 3), (ClearTier.ALL, 0, 0, 0)],
+    ids=lambda v: str(v),
 )
-def test_clear_empties_the_tiers_that_it_names(tmp_path: Path, tier: ClearTier, in_l1: int, in_l2: int):
-    """EVI-7."""
+def test_clear_empties_the_tiers_that_it_names(tmp_path: Path, tier: ClearTier, in_l1: int, in_l2: int, again: int):
+    """EVI-7. What L1 keeps is written to L2 again, and it would not be if it were still there."""
     with server_in(pools(tmp_path), **with_folder(tmp_path)) as server:
         store(server, 0, 1, 2)
         wait_for_writes(server)
@@ -118,9 +120,11 @@ def test_clear_empties_the_tiers_that_it_names(tmp_path: Path, tier: ClearTier, 
         assert reply.objects == 3 - in_l1
         assert [removal.done for removal in reply.tiers] == [True] * (tier is not ClearTier.L1)
         assert sum(removal.objects for removal in reply.tiers) == 3 - in_l2
+        wait_for_writes(server)
         with KVCacheClient(server.endpoints.zmq) as client:
             found = client.lookup(keys(0, 1, 2), pin=False)
-        assert (found.l1_chunks, found.tiers.get("fs", 0)) == (in_l1, in_l2)
+        assert (found.l1_chunks, found.tiers.get("fs", 0)) == (in_l1, in_l2 + again)
+        assert status_of(server)["l2"][0]["written_chunks"] == 3 + again
 
 
 def test_a_dry_run_clears_nothing(tmp_path: Path):

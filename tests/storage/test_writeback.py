@@ -182,6 +182,65 @@ def test_clear_comes_after_the_write_that_is_under_way(tmp_path: Path):
         assert clearing.removals[0].objects == 1
 
 
+def test_what_l1_keeps_is_written_again_after_a_clear_of_the_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lmcache.storage.l2.writeback.SLICE_SLOTS", 4)
+    with tiered_in(tmp_path, num_tiers=2) as tiered:
+        tiered.store(*range(30))
+        tiered.settle()
+        tiered.manager.remove(Selection(keys=key(7)), RemovalReason.REQUEST, dry_run=False)
+        clearing = tiered.tiers.clear(keeps_l1=True)
+        tiered.until(lambda: clearing.is_done)
+        tiered.settle()
+        assert [removal.objects for removal in clearing.removals] == [30, 30]
+        assert [set(fake.values) for fake in tiered.fakes] == [{name_of(n) for n in range(30) if n != 7}] * 2
+        assert tiered.tiers.status()[0]["queued_chunks"] == 0
+        clearing = tiered.tiers.clear()
+        tiered.until(lambda: clearing.is_done)
+        tiered.settle()
+        assert [len(fake.values) for fake in tiered.fakes] == [0, 0]
+
+
+def test_what_is_to_be_written_again_goes_in_slices_and_new_chunks_wait_for_one_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lmcache.storage.l2.writeback.SLICE_SLOTS", 4)
+    with tiered_in(tmp_path, write_threads=1) as tiered:
+        tiered.store(*range(60))
+        tiered.settle()
+        tiered.fake.stop("lengths")
+        tiered.tiers.clear(keeps_l1=True)
+        tiered.until(lambda: tiered.fake.num_waiting)
+        assert len(tiered.tiers._writebacks[0]._queue) <= 4
+        tiered.store(60)
+        tiered.fake.go()
+        tiered.settle()
+        names = list(tiered.fake.values)
+        assert set(names) == {name_of(number) for number in range(61)}
+        assert names.index(name_of(60)) <= 12
+
+
+@pytest.mark.parametrize("ends", ["close", "clear"])
+def test_the_end_writes_what_is_to_be_written_again_and_a_clear_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+):
+    monkeypatch.setattr("lmcache.storage.l2.writeback.SLICE_SLOTS", 4)
+    with tiered_in(tmp_path, write_threads=1) as tiered:
+        tiered.store(*range(30))
+        tiered.settle()
+        clearing = tiered.tiers.clear(keeps_l1=True)
+        tiered.fake.stop("put")
+        tiered.until(lambda: clearing.is_done and tiered.fake.num_waiting)
+        tiered.fake.go()
+        if ends == "close":
+            tiered.tiers.close(60.0)
+            assert len(tiered.fake.values) == 30
+        else:
+            clearing = tiered.tiers.clear()
+            tiered.until(lambda: clearing.is_done)
+            tiered.settle()
+            assert not tiered.fake.values
+
+
 def test_a_clear_that_fails_says_so(tmp_path: Path):
     with tiered_in(tmp_path) as tiered:
         tiered.fake.errors["clear"] = Reason.DENIED

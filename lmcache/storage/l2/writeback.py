@@ -21,6 +21,9 @@ from lmcache.storage.l2.value import value_key
 # A job takes as many chunks as have so many bytes, at least one: few wake-ups for small chunks, short pins for large ones.
 BATCH_BYTES = 8 << 20
 MAX_BATCH_CHUNKS = 64
+# What L1 holds is queued again in slices of so many slots: 0.4 ms each, where a million at once take 0.2 s. The next one has
+# its turn when fewer chunks than that wait, so new ones do not wait behind all old ones.
+SLICE_SLOTS = 4096
 # All batches together pin at most about this share of L1.
 MAX_PINNED_SHARE = 1 / 8
 
@@ -32,6 +35,7 @@ class Writeback:
         self.tier = tier
         self._l1 = l1
         self._queue: dict[int, None] = {}
+        self._rest = range(0)  # slots whose chunks are still to be queued again
         self._in_flight: set[WriteJob] = set()
         self._exclusive: deque[Job] = deque()
         self._exclusive_running = False
@@ -40,12 +44,12 @@ class Writeback:
         self._batch_bytes = min(BATCH_BYTES, int(capacity * MAX_PINNED_SHARE / tier.num_writers))
 
     def __len__(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._rest)
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is queued or under way."""
-        return not (self._queue or self._in_flight or self._exclusive or self._exclusive_running)
+        return not (self._queue or self._rest or self._in_flight or self._exclusive or self._exclusive_running)
 
     @property
     def num_in_flight(self) -> int:
@@ -57,6 +61,19 @@ class Writeback:
         self._queue.update(dict.fromkeys(slots))
         self.dispatch()
 
+    def start_over(self) -> None:
+        """The tier was emptied and L1 was not: what L1 holds now is to be written again, a slice after the other."""
+        self._rest = range(self._l1.num_used_slots)
+
+    def offer_rest(self) -> None:
+        """Queue what is left of that at once: nobody waits for the owner thread any more."""
+        while self._rest:
+            self._offer_slice()
+
+    def _offer_slice(self) -> None:
+        chosen, self._rest = self._rest[:SLICE_SLOTS], self._rest[SLICE_SLOTS:]
+        self._queue.update(dict.fromkeys(self._l1.slots_in(chosen)))
+
     def forget(self, slot: int, reason: str) -> None:
         """A chunk goes from L1; if it was queued, it is dropped."""
         if self._queue.pop(slot, self) is not self:
@@ -66,6 +83,7 @@ class Writeback:
         """Drop what is queued and stop what is under way after the current chunk; return how many chunks that were."""
         num_dropped = len(self._queue)
         self._queue.clear()
+        self._rest = range(0)
         self.tier.count("dropped_chunks", reason, by=num_dropped)
         for job in self._in_flight:
             job.is_cancelled = True
@@ -98,6 +116,8 @@ class Writeback:
         if self._exclusive or self._exclusive_running:
             self._dispatch_exclusive()
             return
+        if self._rest and len(self._queue) < SLICE_SLOTS:
+            self._offer_slice()
         while (
             self._queue and len(self._in_flight) < self.tier.num_writers and self.tier.writes.is_closed and not self._is_closed
         ):
