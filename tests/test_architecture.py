@@ -118,8 +118,7 @@ UNTIMED = {
     ("integration/vllm/scheduler.py", "_end_lookup", "result"),  # the same
     ("client/kvcache.py", "_on_late_reply", "result"),  # its reply is there
     ("client/mq.py", "call", "result"),  # by the request's deadline
-    ("client/mq.py", "read_until", "recv"),  # RCVTIMEO is set right before
-    ("client/mq.py", "_deliver", "recv"),  # further frames of a message that is there: ZMQ delivers whole messages
+    ("client/mq.py", "_receive", "recv"),  # RCVTIMEO is set right before; further frames are there: ZMQ delivers whole messages
     ("server/zmq_frontend.py", "_receive_rest", "recv"),  # the same
     ("server/zmq_frontend.py", "_receive", "recv"),  # the same
     ("server/zmq_frontend.py", "_next_peer", "recv"),  # RCVTIMEO is set

@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any, Generic
 
 import zmq
@@ -30,6 +31,11 @@ RECONNECT_FIRST_MS = 50
 RECONNECT_MAX_MS = 1000
 # A thread that waits looks this often whether its client is being closed.
 WAKE_MS = 100
+# Then it leaves its call. A closed socket under a thread that is still in one would make libzmq abort the process.
+LEAVE_SECONDS = WAKE_MS / 1000 + 1.0
+LEAVE_POLL_SECONDS = 2e-3
+# libzmq ends within milliseconds, but for its I/O thread when that is in the system's resolver: 10 s and more.
+END_SECONDS = 1.0
 # libzmq lets go of the buffers of a closed socket within milliseconds; NotDone after this is a bug, not to be passed over.
 SEND_END_SECONDS = 30.0
 START_HINT = "start it with 'lmcache server', or pass --url"
@@ -98,7 +104,10 @@ class ReplyFuture(Generic[R]):
 
 
 class _Channel:
-    """One thread's socket and the requests that wait on it."""
+    """One thread's socket and the requests that wait on it.
+
+    `with` it the socket is used, by its own thread. It is connected then, if it is not, and nobody else closes it.
+    """
 
     def __init__(self, client: MessageQueueClient, sockets: _Sockets) -> None:
         self.url = client.url
@@ -107,12 +116,37 @@ class _Channel:
         self._ids = itertools.count(1)
         self._waiting: dict[bytes, ReplyFuture[Any]] = {}
         self._abandoned: dict[bytes, ReplyFuture[Any]] = {}
-        self._connect()
+        self._thread_id = threading.get_ident()
+        self._is_connected = False
+
+    def __enter__(self) -> None:
+        if (
+            self._thread_id in self._sockets.in_use
+        ):  # garbage collection interrupts a call, perhaps between two frames, to close a client
+            raise UnreachableError(f"this thread is in the middle of another request to {self.url}")
+        self._sockets.in_use.add(self._thread_id)
+        try:
+            self._client.check_open()  # after the line above, so that whoever closes the client either waits or is seen
+            if not self._is_connected:
+                self._connect()
+        except BaseException:
+            self._leave()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self._leave()
+        if isinstance(exc, zmq.ContextTerminated):
+            raise UnreachableError(f"the client of {self.url} is closed") from exc
+
+    def _leave(self) -> None:
+        self._sockets.in_use.discard(self._thread_id)
+        if self._sockets.is_ended:
+            self.close()
 
     def _connect(self) -> None:
         self._receive_timeout_ms = -2
         try:
-            self._socket = self._sockets.open()
+            self._socket = self._sockets.open(self.url)
         except zmq.ZMQError as exc:
             raise UnreachableError(f"cannot open a socket to {self.url}: {exc}", hint="see 'ulimit -n'") from exc
         self._socket.linger = 0
@@ -131,6 +165,7 @@ class _Channel:
                 f"{self.url!r} is not a ZMQ address: {exc}",
                 hint="use tcp://host:port or ipc:///path",
             ) from exc
+        self._is_connected = True
 
     def submit(
         self, request: Request[R], payload: Payload, deadline: float, may_wait: bool, wants_reply: bool = True
@@ -138,13 +173,14 @@ class _Channel:
         request_id = next(self._ids).to_bytes(8, "little")
         future = ReplyFuture(self, request, deadline)
         frames = [request_id, encode(request), *payload]
-        future.sent_at = time.perf_counter()
-        try:
-            future.tracker = self._send(frames, deadline if may_wait else 0.0)
-        except zmq.Again as exc:
-            raise UnreachableError(f"no connection to {self.url}", hint=START_HINT) from exc
-        if wants_reply:
-            self._waiting[request_id] = future
+        with self:
+            future.sent_at = time.perf_counter()
+            try:
+                future.tracker = self._send(frames, deadline if may_wait else 0.0)
+            except zmq.Again as exc:
+                raise UnreachableError(f"no connection to {self.url}", hint=START_HINT) from exc
+            if wants_reply:
+                self._waiting[request_id] = future
         return future
 
     def _send(self, frames: Payload, deadline: float) -> zmq.MessageTracker | None:
@@ -171,38 +207,55 @@ class _Channel:
         while future._header is None:
             remaining_ms = round((deadline - time.monotonic()) * 1000)
             timeout_ms = max(0, min(remaining_ms, WAKE_MS))
-            if timeout_ms != self._receive_timeout_ms:
-                self._socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
-                self._receive_timeout_ms = timeout_ms
             try:
-                request_id = self._socket.recv()
+                self._read_one(timeout_ms)
             except zmq.Again:
                 if remaining_ms <= WAKE_MS:
                     return
-                self._client.check_open()
-            else:
-                self._deliver(request_id)
 
     def read_what_came(self) -> None:
         """Read the replies that are here, whosever they are."""
         with contextlib.suppress(zmq.Again):
             while True:
-                self._deliver(self._socket.recv(zmq.NOBLOCK))
+                self._read_one(0)
 
-    def _deliver(self, request_id: bytes) -> None:
+    def _read_one(self, timeout_ms: int) -> None:
+        """Read a reply and hand it to its future; one that comes late goes to `on_late_reply`, which may use the socket."""
+        with self:
+            late = self._deliver(*self._receive(timeout_ms))
+        if late is not None:
+            self._client.on_late_reply(late)
+
+    def _receive(self, timeout_ms: int) -> tuple[bytes, bytes, list[memoryview], float]:
+        """Return a message's request id, header and payload, and when the first of them came.
+
+        Raises: zmq.Again.
+        """
+        if timeout_ms != self._receive_timeout_ms:
+            self._socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
+            self._receive_timeout_ms = timeout_ms
+        request_id = self._socket.recv()
         received_at = time.perf_counter()
         option = self._socket.getsockopt  # the attribute `rcvmore` reads the same, six times slower
         header = self._socket.recv() if option(zmq.RCVMORE) else b""
         payload: list[memoryview] = []
         while option(zmq.RCVMORE):
             payload.append(self._socket.recv(copy=False).buffer)
+        return request_id, header, payload, received_at
+
+    def _deliver(
+        self, request_id: bytes, header: bytes, payload: list[memoryview], received_at: float
+    ) -> ReplyFuture[Any] | None:
+        """Return the future if nobody waits for it any more."""
         future = self._waiting.pop(request_id, None)
         if future is not None:
             future.received_at = received_at
             future.set_reply(header, payload)
-        elif (late := self._abandoned.pop(request_id, None)) is not None:
+            return None
+        late = self._abandoned.pop(request_id, None)
+        if late is not None:
             late.set_reply(header, payload)
-            self._client.on_late_reply(late)
+        return late
 
     def abandon(self, future: ReplyFuture[Any]) -> None:
         """Stop waiting; a reply that still comes goes to `on_late_reply`, which gives back what it granted, if that is wanted.
@@ -219,37 +272,74 @@ class _Channel:
         if future.tracker is not None and not future.tracker.done:
             self.close()
             future.tracker.wait(timeout=SEND_END_SECONDS)
-            self._connect()
+            with contextlib.suppress(UnreachableError), self:
+                pass  # the next request need not wait for a connection
 
     def close(self) -> None:
-        self._sockets.close(self._socket)
+        """Close the socket; the next use opens another one. Its own thread only, or none that uses it."""
+        self._is_connected = False
+        if hasattr(self, "_socket"):
+            self._sockets.close(self._socket)
 
     def __del__(self) -> None:
         """A thread that ends takes its socket along."""
-        if hasattr(self, "_socket"):
-            self.close()
+        self.close()
 
 
 class _Sockets:
-    """A client's ZMQ context and what is open in it."""
+    """A client's ZMQ context and what is open in it.
+
+    `in_use` holds the threads that are in a call. The lock is re-entrant: garbage collection, which may begin in any method,
+    finalizes channels and closes clients in the same thread.
+    """
 
     def __init__(self) -> None:
+        self.in_use: set[int] = set()
+        self.is_ended = False
+        self._lock = threading.RLock()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._opened: set[zmq.Socket[bytes]] = set()
+        self._opened: dict[zmq.Socket[bytes], int] = {}  # the thread that each belongs to
 
-    def open(self) -> zmq.Socket[bytes]:
-        opened = self._context.socket(zmq.DEALER)
-        self._opened.add(opened)
-        return opened
+    def open(self, url: str) -> zmq.Socket[bytes]:
+        """Return a new socket.
+
+        Raises: UnreachableError when the client is closed, zmq.ZMQError when there is no descriptor left.
+        """
+        with self._lock:
+            if not self.is_ended:
+                opened = self._context.socket(zmq.DEALER)
+                self._opened[opened] = threading.get_ident()
+                if not self.is_ended:
+                    return opened
+                self.close(opened)
+        raise UnreachableError(f"the client of {url} is closed")
 
     def close(self, opened: zmq.Socket[bytes]) -> None:
-        opened.close()
-        self._opened.discard(opened)
+        with self._lock:
+            opened.close()
+            self._opened.pop(opened, None)
 
-    def end(self) -> None:
-        for opened in list(self._opened):
-            self.close(opened)
-        self._context.term()
+    def end(self, leave_seconds: float = 0.0, end_seconds: float = 0.0) -> None:
+        """Close what is open, but for the sockets of threads that do not leave their calls in time: they do it themselves.
+
+        Only a thread of its own waits for the context, after `end_seconds`: that has not ended while a socket is open, or the
+        system looks for an address.
+        """
+        self.is_ended = True
+        give_up_at = time.monotonic() + leave_seconds
+        while self._others_in_use() and time.monotonic() < give_up_at:
+            time.sleep(LEAVE_POLL_SECONDS)
+        with self._lock:
+            for opened, thread_id in [*self._opened.items()]:
+                if thread_id not in self.in_use:
+                    self.close(opened)
+        with contextlib.suppress(RuntimeError):  # no thread is to be had, as when the process ends: it is left to that
+            thread = threading.Thread(target=self._context.term, name="lmcache-zmq-end", daemon=True)
+            thread.start()
+            thread.join(timeout=end_seconds)
+
+    def _others_in_use(self) -> bool:
+        return bool(self.in_use - {threading.get_ident()})
 
 
 class MessageQueueClient:
@@ -280,7 +370,6 @@ class MessageQueueClient:
         self._usable_by: int | None = None
 
     def _channel(self) -> _Channel:
-        self.check_open()
         channel: _Channel | None = getattr(self._local, "channel", None)
         if channel is None:
             channel = self._local.channel = _Channel(self, self._sockets)
@@ -288,7 +377,8 @@ class MessageQueueClient:
 
     def connect(self) -> None:
         """Begin to connect the calling thread's socket, so that its first request need not wait for that."""
-        self._channel()
+        with self._channel():
+            pass
 
     def check_open(self) -> None:
         """Return if the calling thread may use this client.
@@ -335,9 +425,10 @@ class MessageQueueClient:
         self._channel().submit(request, (), time.monotonic(), may_wait=False, wants_reply=False)
 
     def close(self) -> None:
-        """Close every thread's socket; none of them may be in a call."""
+        """Close every thread's socket. What other threads wait for ends, in WAKE_MS as a rule."""
         self._usable_by = 0
-        self._end()
+        if self._end.detach() is not None:  # nobody has closed it yet
+            self._sockets.end(LEAVE_SECONDS, END_SECONDS)
 
     def __enter__(self) -> MessageQueueClient:
         return self

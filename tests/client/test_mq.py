@@ -224,6 +224,103 @@ def test_a_client_that_nobody_closed_is_collected_and_leaves_nothing(server):
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2, "closing of the clients' sockets")
 
 
+@pytest.mark.parametrize("by_itself", [True, False], ids=["by garbage collection", "by another thread"])
+def test_a_client_that_is_closed_while_a_thread_opens_its_socket_leaves_nothing(monkeypatch, by_itself):
+    mq = MessageQueueClient("tcp://127.0.0.1:9")
+    closer = threading.Thread(target=mq.close, daemon=True)
+    make_socket = zmq.Context.socket
+
+    def close_meanwhile(context: zmq.Context, kind: int) -> zmq.Socket:
+        made = make_socket(context, kind)
+        if by_itself:
+            mq.close()
+        else:
+            closer.start()
+            closer.join(0.3)  # enough to get to where it waits for this thread
+        return made
+
+    monkeypatch.setattr(zmq.Context, "socket", close_meanwhile)
+    with contextlib.suppress(UnreachableError):
+        mq.connect()
+    if not by_itself:
+        closer.join(60)
+        assert not closer.is_alive(), "close() hangs"
+    with pytest.raises(UnreachableError, match="is closed"):
+        mq.connect()
+
+
+def test_no_socket_is_closed_under_a_thread_that_waits_on_it(monkeypatch):
+    """libzmq would abort the process."""
+    monkeypatch.setattr(client_mq, "LEAVE_SECONDS", 0.0)
+    monkeypatch.setattr(client_mq, "WAKE_MS", 60_000)
+    closed_by, errors = [], []
+    close_socket = zmq.Socket.close
+
+    def close(socket: zmq.Socket, *arguments: object) -> None:
+        closed_by.append(threading.get_ident())
+        close_socket(socket, *arguments)
+
+    with ScriptedPeer(lambda op: None) as peer:
+        mq = MessageQueueClient(peer.url)
+
+        def ask() -> None:
+            try:
+                mq.call(Noop(), timeout_seconds=120)
+            except UnreachableError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        wait_until(lambda: peer.ops)
+        with monkeypatch.context() as patch:
+            patch.setattr(zmq.Socket, "close", close)
+            mq.close()
+            thread.join(60)
+        assert closed_by == [thread.ident]
+    assert "is closed" in str(errors[0])
+
+
+def test_a_client_closed_in_the_middle_of_its_own_call_ends_afterwards(server, monkeypatch):
+    """As garbage collection does, which may begin between two frames of a message."""
+    mq = MessageQueueClient(server.endpoints.zmq)
+    mq.call(Noop())
+    receive = client_mq._Channel._receive
+    inside = []
+
+    def close_first(channel: client_mq._Channel, timeout_ms: int) -> object:
+        with pytest.raises(UnreachableError, match="in the middle of another request"):
+            mq.call(Noop())
+        mq.close()
+        inside.append(channel)
+        return receive(channel, timeout_ms)
+
+    monkeypatch.setattr(client_mq._Channel, "_receive", close_first)
+    with contextlib.suppress(UnreachableError):
+        mq.call(Noop())
+    assert inside
+
+
+@pytest.mark.parametrize("is_dropped", [False, True], ids=["closed", "collected"])
+def test_nobody_waits_for_a_context_that_does_not_end(monkeypatch, is_dropped):
+    """As while the system's resolver is asked for a name, which takes 10 s and more."""
+    end = threading.Event()
+    term = zmq.Context.term
+    monkeypatch.setattr(zmq.Context, "term", lambda context: (end.wait(60), term(context)))
+    if is_dropped:
+        monkeypatch.setattr(client_mq, "END_SECONDS", 60.0)
+    mq = MessageQueueClient("tcp://127.0.0.1:9")
+    mq.connect()
+    try:
+        if is_dropped:
+            del mq
+            assert seconds(gc.collect) < 30
+        else:
+            assert seconds(mq.close) < 30
+    finally:
+        end.set()
+        wait_until(lambda: not any(thread.name == "lmcache-zmq-end" for thread in threading.enumerate()))
+
+
 # -- what answers there -----------------------------------------------------------------------------------------------
 
 
