@@ -97,6 +97,7 @@ class Parent:
                 raise EOFError("the plan did not come")
             self._unread += data
         line, _, self._unread = self._unread.partition(b"\n")
+        self._understand()  # a word may have come along with the plan
         return msgspec.json.decode(line, type=Plan)
 
     def send(self, message: Message) -> None:
@@ -115,6 +116,9 @@ class Parent:
         data = os.read(self._read_fd, 1 << 10)
         self._unread += data
         self.is_gone = not data
+        self._understand()
+
+    def _understand(self) -> None:
         self._may_go |= b"go\n" in self._unread
         self.wants_stop |= self.is_gone or b"stop\n" in self._unread
 
