@@ -126,6 +126,15 @@ class CommandParser(argparse.ArgumentParser):
         self.populate()
         return super().format_help()
 
+    def print_help(self, file: Any = None) -> None:
+        """Print it to stdout; argparse's own ignores what cannot be written.
+
+        Raises: LMCacheError
+        """
+        from lmcache.cli.output import write
+
+        write(self.format_help().rstrip("\n"))
+
     def options(self) -> list[str]:
         """Return every option string of this parser."""
         return list(self._option_string_actions)

@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     try:
-        code = _guarded(words)
-        _flush()
+        code = _flush(_guarded(words))
         if argv is None and "torch" not in sys.modules:
             # The process ends now, and the last collection would search every module: 8 ms. Libraries below torch
             # look for leaks after it and would report what was not collected.
@@ -52,14 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _flush() -> None:
-    """Whether or not somebody still reads: the exit code is another matter."""
+def _flush(code: int) -> int:
+    """Return the exit code: a reader that has gone changes nothing, a full disk is a failure, which may have been told."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        from lmcache.cli.output import discard_stdout
+    except OSError as exc:
+        from lmcache.cli.output import discard_stdout, print_error, unwritable
 
         discard_stdout()
+        if not code and not isinstance(exc, BrokenPipeError):
+            print_error(unwritable(None, exc))
+            return 1
+    return code
 
 
 def deprecated_server_main() -> int:
@@ -218,15 +221,21 @@ def _report_error(error: LMCacheError, words: Sequence[str], is_quiet: bool = Fa
         return error.exit_code
     document = to_json(error_document(error))
     path = read_option(words, "--output")
+    is_told = path is None
     try:
         try:
             write(document, path)
         except LMCacheError:
-            path = None
+            is_told = True
             write(document)
     except BrokenPipeError:  # the reader has gone; the exit code still tells
         discard_stdout()
-    if path is not None:
+    except LMCacheError as nowhere:  # nor can stdout be written: stderr is left
+        discard_stdout()
+        if error.message != nowhere.message:
+            print_error(error)
+        print_error(nowhere)
+    if not is_told:
         print_error(error)
     return error.exit_code
 

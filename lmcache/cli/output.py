@@ -209,8 +209,6 @@ def write(text: str, path: str | None = None) -> None:
 
     Raises: LMCacheError when the device or the file system refuses; BrokenPipeError.
     """
-    from lmcache.errors import LMCacheError
-
     try:
         if path is not None and path != "-":
             _replace_file(path, text + "\n")
@@ -219,11 +217,14 @@ def write(text: str, path: str | None = None) -> None:
     except BrokenPipeError:
         raise
     except OSError as exc:
-        raise LMCacheError(
-            f"cannot write {path or 'to standard output'}: {exc.strerror}",
-            "pass another --output",
-            "output",
-        ) from exc
+        raise unwritable(path, exc) from exc
+
+
+def unwritable(path: str | None, exc: OSError) -> LMCacheError:
+    """Return the error for a file, or stdout, that takes nothing."""
+    from lmcache.errors import LMCacheError
+
+    return LMCacheError(f"cannot write {path or 'to standard output'}: {exc.strerror}", "pass another --output", "output")
 
 
 def check_output(path: str | None) -> None:

@@ -213,6 +213,37 @@ def test_a_full_disk_under_stdout_is_one_error(server: LmcacheServer):
     assert done.stderr.splitlines()[0] == "error: cannot write to standard output: No space left on device"
 
 
+def to_full_disk(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run it with a stdout that takes nothing, and buffers as it does unless told otherwise."""
+    env = {name: value for name, value in clean_environment().items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "wb") as full:
+        streams = {"stdout": full, "stderr": subprocess.PIPE}
+        return subprocess.run([*LMCACHE, *words], env=env, **streams, text=True, timeout=60, check=False)
+
+
+def test_an_error_in_json_that_cannot_be_written_is_said_on_stderr_with_its_exit_code(server: LmcacheServer, tmp_path: Path):
+    ping = ["ping", "kvcache", "--format", "json", "--url"]
+    full = "error: cannot write to standard output: No space left on device\nhint: pass another --output\n"
+    done = to_full_disk(*ping, server.zmq_url)
+    assert (done.returncode, done.stderr) == (1, full)
+    done = to_full_disk(*ping, f"localhost:{free_port()}")
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: cannot connect to")
+    assert done.stderr.endswith(full)
+    assert len(done.stderr.splitlines()) == 4
+    done = to_full_disk(*ping, "nonsense", "--output", str(tmp_path / "none" / "file"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot write '")
+    assert done.stderr.endswith(full)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["ping", "kvcache", "--help"], ["--version"]])
+def test_help_that_cannot_be_written_is_no_success(words):
+    done = to_full_disk(*words)
+    assert done.returncode == 1
+    assert done.stderr == "error: cannot write to standard output: No space left on device\nhint: pass another --output\n"
+
+
 def test_a_closed_stdout_is_survived(server: LmcacheServer):
     command = f"{sys.executable} -m lmcache.cli.main ping kvcache --url {server.zmq_url} >&-"
     done = subprocess.run(["sh", "-c", command], env=clean_environment(), capture_output=True, text=True, check=False)
