@@ -36,6 +36,11 @@ class L1View(msgspec.Struct):
     pool_path: str = ""
     persistent: bool = False
 
+    @property
+    def free_bytes(self) -> int:
+        """What can be stored before anything is evicted."""
+        return max(0, self.capacity_bytes - self.used_bytes)
+
 
 class ClientView(msgspec.Struct):
     """One client that the server knows."""

@@ -290,6 +290,25 @@ def test_one_changed_byte_is_found():
     assert not round_trip_result([b"ab", b"cd"], [bytearray(b"ab")], 1, 1).ok
 
 
-def test_a_pool_without_room_is_said(zmq_cli: Cli):
-    error = zmq_cli.refused("query", "kvcache", "--round-trip", "--chunks", "100", "--chunk-bytes", "1MiB", code=1)
-    assert "the others: FULL" in error
+def test_a_round_trip_that_would_displace_what_is_cached_says_what_fits(
+    zmq_cli: Cli, engine: KVCacheClient, server: LmcacheServer
+):
+    store(engine, list(range(8 * 256)))
+    words = ("query", "kvcache", "--round-trip", "--chunk-bytes")
+    for count in ("64", "1000"):
+        error = zmq_cli.refused(*words, "1MiB", "--chunks", count, code=1)
+        assert f"{count} chunks of 1.0 MiB would evict what is cached: 63.5 MiB of L1 are free\nhint: pass --chunks 63" in error
+    assert "pass a smaller --chunk-bytes, or make room" in zmq_cli.refused(*words, "64MiB", "--chunks", "1", code=1)
+    assert server.status()["l1"]["chunks"] == 8
+
+
+def test_a_pool_without_room_is_said():
+    from lmcache.cli.commands.query.kvcache import check_room, check_stored
+    from lmcache.cli.status import L1View
+    from lmcache.protocol import StoreOutcome
+
+    with pytest.raises(LMCacheError, match="took 1 of 2 chunks; the others: FULL"):  # others were quicker
+        check_stored([StoreOutcome.RESERVED, StoreOutcome.FULL])
+    check_room(L1View(capacity_bytes=8192, used_bytes=0), 2, 4096)
+    with pytest.raises(LMCacheError, match="0 bytes of L1 are free"):
+        check_room(L1View(capacity_bytes=8192, used_bytes=8192), 1, 1)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lmcache.cli.base import Answer, CommandParser, Url
     from lmcache.cli.output import Result
     from lmcache.cli.prompts import TokenizedPrompt
-    from lmcache.cli.status import ModelView
+    from lmcache.cli.status import L1View, ModelView
     from lmcache.client.kvcache import Buffer, KVCacheClient
     from lmcache.protocol import StoreOutcome
     from lmcache.transfer.paged import PagedKV
@@ -33,7 +33,11 @@ def add_options(parser: CommandParser) -> None:
     """Add the options of `query kvcache`."""
     add_prompt_options(parser)
     group = parser.add_argument_group("round trip")
-    group.add_argument("--round-trip", action="store_true", help="store, retrieve, compare, clean up")
+    group.add_argument(
+        "--round-trip",
+        action="store_true",
+        help="store, retrieve, compare, clean up; what is cached stays: refused where L1 has no room beside it",
+    )
     group.add_argument(
         "--chunks", type=positive_int, default=DEFAULT_ROUND_TRIP_CHUNKS, metavar="N", help="how many (default: %(default)s)"
     )
@@ -142,13 +146,14 @@ def _add_hit(result: Result, num_tokens: int, chunk_size: int, reply: Any) -> No
 def round_trip(url: Url, args: Namespace) -> Result:
     """Store random chunks under keys that nobody else has, read them back, compare, and remove them.
 
-    Raises: UsageError, UnreachableError, RemoteError, LMCacheError.
+    Raises: UsageError, UnreachableError, RemoteError; LMCacheError, also when they would displace what is cached.
     """
-    from lmcache.cli.base import send_request, zmq_url
+    from lmcache.cli.base import zmq_url
+    from lmcache.cli.status import fetch_status
     from lmcache.client.kvcache import KVCacheClient
     from lmcache.errors import UsageError
     from lmcache.log import LEVEL_VARIABLE, configure_logging
-    from lmcache.protocol import MAX_CHUNK_BYTES, Noop
+    from lmcache.protocol import MAX_CHUNK_BYTES
 
     if args.chunk_bytes > MAX_CHUNK_BYTES or args.chunks * args.chunk_bytes > MAX_ROUND_TRIP_BYTES:
         raise UsageError(
@@ -156,12 +161,34 @@ def round_trip(url: Url, args: Namespace) -> Result:
             f"at most {MAX_CHUNK_BYTES} bytes a chunk and {MAX_ROUND_TRIP_BYTES} in all; see 'lmcache bench kvcache'",
         )
     url = zmq_url(url, args.timeout)
-    send_request(url, Noop(), timeout=args.timeout)  # says who else may be there, and does not wait twice
+    _, status = fetch_status(url, args.timeout)  # says who else may be there, and does not wait twice
+    check_room(status.l1, args.chunks, args.chunk_bytes)
     with KVCacheClient(url.text, kind="cli", timeout_seconds=args.timeout, inline=args.inline) as client:
         if args.device == "cpu":
             return _round_trip(client, HostBuffers(args.chunks, args.chunk_bytes))
         configure_logging(os.environ.get(LEVEL_VARIABLE, "WARNING"))  # the copier's news are an engine's
         return paged_round_trip(client, args.chunks, args.chunk_bytes, args.device, args.quiet)
+
+
+def check_room(l1: L1View, num_chunks: int, chunk_bytes: int) -> None:
+    """Return if so many chunks fit beside what is cached.
+
+    Raises: LMCacheError that says how many do.
+    """
+    from lmcache.cli.output import format_bytes
+    from lmcache.errors import LMCacheError
+    from lmcache.pool import PAGE_BYTES
+
+    num_fitting = l1.free_bytes // (-(-chunk_bytes // PAGE_BYTES) * PAGE_BYTES)
+    if num_chunks > num_fitting:
+        raise LMCacheError(
+            f"{num_chunks} chunks of {format_bytes(chunk_bytes)} would evict what is cached:"
+            f" {format_bytes(l1.free_bytes)} of L1 are free",
+            f"pass --chunks {num_fitting}"
+            if num_fitting
+            else "pass a smaller --chunk-bytes, or make room with 'lmcache kvcache evict'",
+            "no_room",
+        )
 
 
 def paged_round_trip(client: KVCacheClient, num_chunks: int, chunk_bytes: int, device: str, is_quiet: bool = False) -> Result:
