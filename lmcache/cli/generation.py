@@ -6,11 +6,12 @@ tokens came, by the monotonic clock at the socket.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lmcache.cli.http import MAX_BODY_BYTES, HttpClient
+from lmcache.cli.http import MAX_BODY_BYTES, HttpClient, RefusedError
 from lmcache.errors import DeadlineError, LMCacheError, ProtocolError, RemoteError, UnreachableError
 
 COMPLETIONS_PATH = "/v1/completions"
@@ -19,6 +20,9 @@ DONE = b"[DONE]"
 # Of an event of a stream the data is the answer; these fields and comments are not.
 OTHER_FIELDS = (b":", b"event:", b"id:", b"retry:")
 SHOWN_BYTES = 80
+# How engines say that prompt and answer do not fit into the model's context.
+TOO_LONG = (400, 413)
+LENGTH_WORDS = "context|length|token"
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,8 @@ def generate(client: HttpClient, question: Question, patience: float, max_contex
             raise
         message = f"{client.url} ended the connection within its answer, {_so_far(answer)}"
         raise UnreachableError(message, "see the engine's log", exc.code) from exc
-    except RemoteError as exc:
-        if not exc.hint and max_context:
+    except RefusedError as exc:
+        if not exc.hint and max_context and exc.status in TOO_LONG and re.search(LENGTH_WORDS, exc.message, re.IGNORECASE):
             exc.hint = f"the model's context is {max_context} tokens, prompt and answer together; see also --max-tokens"
         raise
     if not answer.num_pieces or answer.finish_reason is None:

@@ -36,13 +36,15 @@ class Peer:
         name: as in "does not answer like an lmcache server".
         code: of the error that says so.
         token_variable: the environment variable whose value goes along as a bearer token.
+        log_hint: where to look when it failed.
         absent_hint: what to do when nobody answers; empty for what a client of the cache server says.
     """
 
-    def __init__(self, name: str, code: str, token_variable: str, absent_hint: str = "") -> None:
+    def __init__(self, name: str, code: str, token_variable: str, log_hint: str, absent_hint: str = "") -> None:
         self.name = name
         self.code = code
         self.token_variable = token_variable
+        self.log_hint = log_hint
         self._absent_hint = absent_hint
 
     @property
@@ -53,19 +55,34 @@ class Peer:
         return self._absent_hint or START_HINT
 
 
-SERVER = Peer("an lmcache server", "not_lmcache", TOKEN_VARIABLE)
-ENGINE = Peer("an inference engine", "not_engine", ENGINE_TOKEN_VARIABLE, "start the engine, or correct its address")
+SERVER = Peer("an lmcache server", "not_lmcache", TOKEN_VARIABLE, "see the server's log")
+ENGINE = Peer(
+    "an inference engine",
+    "not_engine",
+    ENGINE_TOKEN_VARIABLE,
+    "see the engine's log",
+    "start the engine, or correct its address",
+)
+
+
+class RefusedError(RemoteError):
+    """The peer answered with an HTTP status that is no success."""
+
+    def __init__(self, status: int, message: str, hint: str = "", code: str = "") -> None:
+        super().__init__(message, hint, code)
+        self.status = status
 
 
 class HttpAnswer:
-    """A whole answer, and the time from the request's first byte sent to the first received."""
+    """A whole answer, and the time from the request's first byte sent to the first received; `location` of a redirect."""
 
-    __slots__ = ("body", "round_trip_seconds", "status")
+    __slots__ = ("body", "location", "round_trip_seconds", "status")
 
-    def __init__(self, status: int, body: bytes, round_trip_seconds: float) -> None:
+    def __init__(self, status: int, body: bytes, round_trip_seconds: float, location: str = "") -> None:
         self.status = status
         self.body = body
         self.round_trip_seconds = round_trip_seconds
+        self.location = location
 
     @property
     def document(self) -> Any:
@@ -147,7 +164,7 @@ class HttpClient:
         except (OSError, h11.ProtocolError, _ClosedError) as exc:
             self._drop()
             raise self._error(exc) from exc
-        return HttpAnswer(status, body, connection.round_trip_seconds)
+        return HttpAnswer(status, body, connection.round_trip_seconds, connection.location)
 
     def lines(self, path: str, json: Any, patience: float) -> Iterator[tuple[bytes, float]]:
         """Post a document and yield each line of the answer with the monotonic time of its arrival.
@@ -162,7 +179,7 @@ class HttpClient:
             connection, status = self._exchange("POST", path, None, json, deadline)
             if status != 200:
                 body = connection.body(deadline)
-                raise self.refusal(path, HttpAnswer(status, body, connection.round_trip_seconds))
+                raise self.refusal(path, HttpAnswer(status, body, connection.round_trip_seconds, connection.location))
             yield b"", connection.sent_at
             begun: list[bytes] = []  # the pieces of a line that has not ended
             while (piece := connection.piece(deadline)) is not None:
@@ -189,11 +206,17 @@ class HttpClient:
             has_token = bool(os.environ.get(variable))
             message = f"{where} wants another token than that in {variable}" if has_token else f"{where} wants a token"
             return RemoteError(message, f"set {variable} to what {self.peer.name} asks for", "unauthorized")
+        if 300 <= answer.status < 400:
+            place = f", a redirect to {answer.location}" if answer.location else ""
+            hint = "redirects are not followed: pass the address that answers itself"
+            return RefusedError(answer.status, f"{where} answered HTTP {answer.status}{place}", hint, "redirect")
         error = answer.error
+        hint = self.peer.log_hint if answer.status >= 500 else ""
         if "message" in error:
-            return RemoteError(error["message"], error.get("hint", ""), error.get("code", "remote"))
-        if "detail" in error:
-            return RemoteError(f"{where} answered HTTP {answer.status}: {error['detail']}")
+            return RefusedError(answer.status, error["message"], error.get("hint", hint), error.get("code", "remote"))
+        if "detail" in error or answer.status >= 500:
+            told = f": {error['detail']}" if "detail" in error else ""
+            return RefusedError(answer.status, f"{where} answered HTTP {answer.status}{told}", hint)
         return wrong_peer(self.url, f"{path} answered HTTP {answer.status}", self.peer)
 
     def _exchange(
@@ -276,6 +299,7 @@ class _Connection:
         self._host = url.text.partition("://")[2].partition("/")[0]
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._has_begun = False
+        self.location = ""
         self.sent_at = self.received_at = 0.0
         self.round_trip_seconds = 0.0
 
@@ -312,6 +336,7 @@ class _Connection:
             event = self._next_event(deadline)
         if not isinstance(event, h11.Response):
             raise _ClosedError(has_begun=False)
+        self.location = next((value.decode(errors="replace") for name, value in event.headers if name == b"location"), "")
         return event.status_code
 
     def body(self, deadline: float) -> bytes:

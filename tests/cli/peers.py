@@ -138,6 +138,13 @@ class EngineHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def redirect(self, place: str) -> None:
+        """Send the client elsewhere."""
+        self.send_response(302)
+        self.send_header("location", place)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
     def start_stream(self) -> None:
         """Send the head of a stream."""
         self.send_response(200)

@@ -266,6 +266,31 @@ def test_a_prompt_that_is_too_long_is_the_engines_message_and_a_hint(document):
     assert error.startswith("error: the context is 100 tokens, you asked for 133\nhint: the model's context is 100 tokens")
 
 
+@pytest.mark.parametrize(
+    ("status", "document", "lines"),
+    [
+        (429, {"error": {"message": "too many requests in this context"}}, ["error: too many requests in this context"]),
+        (400, {"error": {"message": "unknown field 'ignore_eos'"}}, ["error: unknown field 'ignore_eos'"]),
+        (500, {"error": {"message": "no token"}}, ["error: no token", "hint: see the engine's log"]),
+    ],
+)
+def test_another_refusal_is_not_taken_for_a_prompt_that_is_too_long(status, document, lines):
+    assert answered_with((status, document)).splitlines() == lines
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions"])
+def test_an_engine_that_fails_is_an_engine_all_the_same(path):
+    error = refused({**ENGINE, path: (500, "<html>Internal Server Error</html>")})
+    assert f"{path} answered HTTP 500\nhint: see the engine's log" in error
+    assert "does not answer like" not in error
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions"])
+def test_a_redirect_is_named_and_not_followed(path):
+    error = refused({**ENGINE, path: lambda handler: handler.redirect("http://elsewhere/v1\x1b[31m")})
+    assert f"{path} answered HTTP 302, a redirect to http://elsewhere/v1\\x1b[31m\nhint: redirects are not followed" in error
+
+
 def test_an_engine_that_dies_within_its_answer_is_exit_code_3():
     def script(handler):
         handler.start_stream()
