@@ -169,7 +169,7 @@ def find_tokenize(client: HttpClient, model: str) -> str | Unknown:
     for path in TOKENIZE_PATHS:
         answer = client.send("POST", path, json={"model": model, "prompt": "a"})
         document = answer.document
-        if answer.status not in ABSENT or (isinstance(document, dict) and "error" in document):
+        if answer.status not in ABSENT or (isinstance(document, dict) and document.get("error") is not None):
             return path
     return Unknown(f"the engine has no {TOKENIZE_PATHS[0]}")
 

@@ -186,7 +186,7 @@ def _add(answer: Generation, event: dict[str, Any], seconds: float) -> None:
 
     Raises: LMCacheError when it says that the engine failed.
     """
-    if "error" in event:
+    if event.get("error") is not None:
         raise _failure(event["error"])
     usage = event.get("usage")
     if isinstance(usage, dict):

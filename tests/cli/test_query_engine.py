@@ -344,6 +344,16 @@ def test_an_error_within_the_stream_is_the_engines():
     assert "the engine failed while it answered: out of memory" in answered_with(script)
 
 
+def test_an_error_of_null_is_none():
+    choice = {"index": 0, "text": "One", "finish_reason": "stop"}
+    script = streams(event(choices=[choice], error=None), "data: [DONE]")
+    tokenize = (404, {"detail": "Not Found", "error": None})
+    with engine_peer({**ENGINE, "/v1/completions": script, "/tokenize": tokenize}) as engine:
+        found = Cli("").json(*ASK, "--url", engine.url)
+    assert found["text"] == "One"
+    assert found["prompt_tokens_unknown_because"].startswith("the engine has no /tokenize")
+
+
 @pytest.mark.parametrize("lines", [[], [piece("One")], ["data: [DONE]"], [event(choices=[])], [event(choices=["x"])]])
 def test_an_answer_without_an_end_is_said(lines):
     assert "ended without finish_reason" in answered_with(streams(*lines))
