@@ -68,7 +68,8 @@ class Question:
 class Generation:
     """An answer. `ttft_seconds` is from the request's sending to the first token, `latency_seconds` to the last.
 
-    The counts are the engine's own and None where it gave none: pieces of a stream are not tokens.
+    `text_seconds` is to the last piece that is not empty. The counts are the engine's own and None where it gave none: pieces
+    of a stream are not tokens.
     """
 
     text: str = ""
@@ -77,12 +78,24 @@ class Generation:
     output_tokens: int | None = None
     ttft_seconds: float = 0.0
     latency_seconds: float = 0.0
+    text_seconds: float = 0.0
     num_pieces: int = 0
+
+    @property
+    def no_tpot_because(self) -> str:
+        """Why there is no time per output token; empty where there is."""
+        if self.output_tokens is None:
+            return "the stream gave no usage"
+        if self.output_tokens < 2:
+            return "one output token" if self.output_tokens else "no output token"
+        # An empty last piece may tell nothing but the end.
+        has_end_alone = self.text_seconds <= self.ttft_seconds and self.output_tokens > self.num_pieces
+        return "the answer came in one piece" if has_end_alone or self.latency_seconds <= self.ttft_seconds else ""
 
     @property
     def tpot_seconds(self) -> float | None:
         """Time per output token after the first; None where that is no number."""
-        if self.output_tokens is None or self.output_tokens < 2:
+        if self.output_tokens is None or self.no_tpot_because:
             return None
         return (self.latency_seconds - self.ttft_seconds) / (self.output_tokens - 1)
 
@@ -204,6 +217,8 @@ def _add(answer: Generation, event: dict[str, Any], seconds: float) -> None:
         answer.ttft_seconds = seconds
     answer.num_pieces += 1
     answer.latency_seconds = seconds
+    if text:
+        answer.text_seconds = seconds
     answer.text += text
 
 

@@ -46,6 +46,17 @@ def streams(*lines: str, pause: float = 0.0):
     return script
 
 
+def sends_at_once(*lines: str):
+    """A script that sends them as one segment."""
+
+    def script(handler: EngineHandler) -> None:
+        handler.start_stream()
+        handler.send_line("\n\n".join(lines))
+        handler.end_stream()
+
+    return script
+
+
 ANSWER = streams(piece("One"), piece(" two"), piece(" three", "length"), usage(5, 3), "data: [DONE]", pause=0.02)
 ENGINE = {"/v1/models": MODELS, "/tokenize": letters, "/v1/completions": ANSWER}
 
@@ -224,6 +235,36 @@ def test_one_token_has_no_tpot():
     with engine_peer({**ENGINE, "/v1/completions": script}) as engine:
         found = Cli("").json(*ASK, "--url", engine.url)
     assert (found["tpot_ms"], found["tpot_ms_unknown_because"]) == (None, "one output token")
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "because"),
+    [
+        (
+            sends_at_once(piece("One two"), piece(" three", "stop"), usage(5, 3), "data: [DONE]"),
+            3,
+            "the answer came in one piece",
+        ),
+        (streams(piece("One two three", "stop"), usage(5, 3), "data: [DONE]"), 3, "the answer came in one piece"),
+        (
+            streams(piece("One two"), piece("", "stop"), usage(5, 3), "data: [DONE]", pause=0.05),
+            3,
+            "the answer came in one piece",
+        ),
+        (streams(piece("", "stop"), usage(5, 0), "data: [DONE]"), 0, "no output token"),
+    ],
+    ids=["segment", "event", "event and end", "nothing"],
+)
+def test_an_answer_that_comes_at_once_has_no_tpot(text, tokens, because):
+    with engine_peer({**ENGINE, "/v1/completions": text}) as engine:
+        found = Cli("").json(*ASK, "--url", engine.url)
+    assert (found["output_tokens"], found["tpot_ms"], found["tpot_ms_unknown_because"]) == (tokens, None, because)
+
+
+def test_an_empty_last_token_has_its_time():
+    script = streams(piece("One"), piece("", "stop"), usage(5, 2), "data: [DONE]", pause=0.05)
+    with engine_peer({**ENGINE, "/v1/completions": script}) as engine:
+        assert Cli("").json(*ASK, "--url", engine.url)["tpot_ms"] > 40
 
 
 # -- which model -----------------------------------------------------------------------------------

@@ -285,16 +285,15 @@ def _add_unknown_parts(result: Result, counts: UnknownCounts) -> None:
 
 def add_latency(result: Result, answer: Generation) -> None:
     """Add the times; those for each token need the engine's count."""
-    because = "the stream gave no usage" if answer.output_tokens is None else "one output token"
     tpot, rate = answer.tpot_seconds, answer.tokens_per_second
     _add_milliseconds(result, "TTFT (ms)", "ttft_ms", answer.ttft_seconds)
     if tpot is None:
-        result.unknown("TPOT (ms/token)", because, key="tpot_ms")
+        result.unknown("TPOT (ms/token)", answer.no_tpot_because, key="tpot_ms")
     else:
         _add_milliseconds(result, "TPOT (ms/token)", "tpot_ms", tpot)
     _add_milliseconds(result, "Total latency (ms)", "latency_ms", answer.latency_seconds)
     if rate is None:
-        result.unknown("Throughput (tokens/s)", because, key="throughput_tokens_per_second")
+        result.unknown("Throughput (tokens/s)", "the stream gave no usage", key="throughput_tokens_per_second")
     else:
         result.row("Throughput (tokens/s)", round(rate, 4), key="throughput_tokens_per_second", text=f"{rate:.1f}")
 
