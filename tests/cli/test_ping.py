@@ -2,9 +2,12 @@
 
 import re
 import time
+from argparse import Namespace
 
 import pytest
 
+from lmcache.cli.commands import ping as ping_module
+from lmcache.errors import UnreachableError
 from tests.cli.conftest import Cli
 from tests.cli.peers import http_peer, unhealthy, zmq_peer
 from tests.server_process import LmcacheServer, free_port, run_lmcache, running_lmcache
@@ -118,6 +121,34 @@ def test_wait_goes_on_while_a_proxy_answers_for_the_server(status):
         assert Cli(url)("ping", "kvcache", "--wait", "2").returncode == 1
         assert time.monotonic() - started_at > 1.5
     assert Cli(url)("ping", "kvcache", "--wait", "0.5").returncode == 3
+
+
+class Clock:
+    """The time module of a `ping` whose tries take as long as they may."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("wait", "tries"), [(10.0, [5.0, 4.8]), (0.0, [5.0]), (1.0, [2.0]), (5.5, [5.0, 2.0])])
+def test_wait_does_not_begin_a_try_after_its_end(monkeypatch, wait, tries):
+    clock, seen = Clock(), []
+    monkeypatch.setattr(ping_module, "time", clock)
+
+    def fail(timeout: float) -> ping_module.Ping:
+        seen.append(timeout)
+        clock.now += timeout
+        raise UnreachableError("nobody")
+
+    with pytest.raises(UnreachableError):
+        ping_module.until_ok(fail, Namespace(timeout=5.0, wait=wait))
+    assert seen == pytest.approx(tries)
 
 
 def test_one_bad_answer_of_several_is_fail():

@@ -108,14 +108,17 @@ def until_ok(ping: Callable[[float], Ping], args: Namespace) -> Ping:
     from lmcache.errors import LMCacheError, UsageError
 
     give_up_at = time.monotonic() + args.wait
+
+    def left() -> float:
+        return float(give_up_at - time.monotonic())
+
     while True:
-        left = give_up_at - time.monotonic()
         try:
-            found = ping(min(args.timeout, max(left, LAST_TRY_SECONDS)) if args.wait else args.timeout)
-            if not found.problems or left <= RETRY_SECONDS:
+            found = ping(min(args.timeout, max(left(), LAST_TRY_SECONDS)) if args.wait else args.timeout)
+            if not found.problems or left() <= RETRY_SECONDS:
                 return found
         except LMCacheError as exc:
-            if left <= RETRY_SECONDS or isinstance(exc, UsageError) or exc.code == "unauthorized":
+            if left() <= RETRY_SECONDS or isinstance(exc, UsageError) or exc.code == "unauthorized":
                 raise
         time.sleep(RETRY_SECONDS)
 
