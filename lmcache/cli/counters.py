@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from lmcache.cli.base import DEFAULT_URL, URL_VARIABLE, Url, parse_url
-from lmcache.cli.engine import Unknown
+from lmcache.cli.engine import MAX_COUNT, Unknown
 from lmcache.cli.http import ENGINE, HttpClient
 from lmcache.cli.status import fetch_status
 from lmcache.errors import LMCacheError
@@ -87,9 +87,9 @@ def parse_engine(text: str) -> EngineCounters | Unknown:
             for sample in family.samples:
                 if sample.name == f"{TOKENS_METRIC}_total":
                     source = sample.labels.get("source", "")
-                    tokens[source] = tokens.get(source, 0.0) + sample.value
+                    tokens[source] = tokens.get(source, 0.0) + _count(sample.name, sample.value)
                 elif sample.name == f"{FINISHED_METRIC}_total":
-                    finished += sample.value
+                    finished += _count(sample.name, sample.value)
                 elif sample.name == STARTED_METRIC:
                     started_at = sample.value
     except ValueError as exc:
@@ -97,6 +97,13 @@ def parse_engine(text: str) -> EngineCounters | Unknown:
     if not {ENGINE_CACHE, EXTERNAL, COMPUTED} <= tokens.keys():
         return Unknown(f"the engine's /metrics has no {TOKENS_METRIC}")
     return EngineCounters(tokens, finished, started_at)
+
+
+def _count(name: str, value: float) -> float:
+    """Raises: ValueError for what nobody has counted."""
+    if not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"{name} is no count")
+    return value
 
 
 def token_origins(before: EngineCounters | Unknown, after: EngineCounters | Unknown) -> TokenOrigins | Unknown:

@@ -6,7 +6,6 @@ not tell is `Unknown`, with the reason; only silence and nonsense are errors.
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ VERSION_PATHS = ("/version", "/get_server_info")  # vLLM's and SGLang's
 TOKENIZE_PATHS = ("/tokenize", "/v1/tokenize")
 RESET_PATH = "/reset_prefix_cache"
 RESET_RETRY_SECONDS = 0.1
+MAX_COUNT = 2**53  # above it a double holds not every whole number
 ABSENT = (404, 405, 501)
 _SAMPLE = re.compile(r"^([A-Za-z_:][A-Za-z0-9_:]*)(?:\{.*\})?[ \t]+(\S+)", re.MULTILINE)
 
@@ -111,14 +111,14 @@ def read_metrics(client: HttpClient) -> dict[str, list[float]] | Unknown:
 
 
 def parse_metrics(text: str) -> dict[str, list[float]]:
-    """Return the values of each metric on a page in Prometheus's format; what is no finite number is left out."""
+    """Return the values of each metric on a page in Prometheus's format; what is no number, or beyond counting, is left out."""
     found: dict[str, list[float]] = {}
     for name, text_of_value in _SAMPLE.findall(text):
         try:
             value = float(text_of_value)
         except ValueError:
             continue
-        if math.isfinite(value):
+        if abs(value) <= MAX_COUNT:
             found.setdefault(name, []).append(value)
     return found
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lmcache.cli.http import MAX_BODY_BYTES, HttpClient, RefusedError
+from lmcache.cli.engine import MAX_COUNT
+from lmcache.cli.http import MAX_BODY_BYTES, HttpClient, RefusedError, strict_json
 from lmcache.errors import DeadlineError, LMCacheError, ProtocolError, RemoteError, UnreachableError
 
 COMPLETIONS_PATH = "/v1/completions"
@@ -176,10 +177,8 @@ def _data(client: HttpClient, line: bytes) -> bytes:
 
 
 def _document(client: HttpClient, data: bytes) -> dict[str, Any]:
-    import json
-
     try:
-        document = json.loads(data)
+        document = strict_json(data)
     except (ValueError, RecursionError) as exc:
         raise _no_stream(client, data) from exc
     if not isinstance(document, dict):
@@ -233,7 +232,7 @@ def _text(choice: dict[str, Any]) -> str | None:
 
 
 def _count(found: Any, known: int | None) -> int | None:
-    return found if type(found) is int and found >= 0 else known
+    return found if type(found) is int and 0 <= found <= MAX_COUNT else known
 
 
 def _failure(error: Any) -> LMCacheError:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MAX_BODY_BYTES = 64 << 20
 MAX_HEAD_BYTES = 64 << 10
 READ_BYTES = 64 << 10
+MAX_DIGITS = 20  # of 2**64 - 1
 
 
 class Peer:
@@ -87,10 +88,8 @@ class HttpAnswer:
     @property
     def document(self) -> Any:
         """The body as JSON; None when it is none."""
-        import json
-
         try:
-            return json.loads(self.body)
+            return strict_json(self.body)
         except (ValueError, RecursionError):
             return None
 
@@ -275,6 +274,32 @@ def http_request(
 def wrong_peer(url: Url, reason: str, peer: Peer = SERVER) -> LMCacheError:
     """Return the error for something that answers, and not as the expected peer would."""
     return LMCacheError(f"{url} does not answer like {peer.name}: {reason}", "check the address", peer.code)
+
+
+# -- documents ------------------------------------------------------------------------------------
+
+
+def strict_json(text: bytes) -> Any:
+    """Return the document in `text`. JSON has no NaN, and what overflows a double or 64 bits is no figure of anybody's.
+
+    Raises: ValueError, RecursionError.
+    """
+    import json
+
+    return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text[:MAX_DIGITS]} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if abs(value) < float("inf") else _no_number(text)
+
+
+def _whole(text: str) -> int:
+    return int(text) if len(text) <= MAX_DIGITS else _no_number(text)
 
 
 # -- one connection --------------------------------------------------------------------------------

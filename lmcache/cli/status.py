@@ -6,7 +6,8 @@ field that an older server lacks has its default; one of another type makes it n
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Annotated, Any
 
 import msgspec
 
@@ -108,7 +109,7 @@ class View(msgspec.Struct):
     zmq_endpoint: str = ""
     http_endpoint: str = ""
     l2: list[dict[str, Any]] = []
-    hit_rate: float | None = None
+    hit_rate: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     sessions: int = 0
     clients: list[ClientView] = []
     models: list[ModelView] = []
@@ -128,8 +129,17 @@ def fetch_status(url: Url, timeout: float) -> tuple[dict[str, Any], View]:
     else:
         document = send_request(url, Status(), timeout=timeout).reply.status
     try:
+        _check_finite(document)
         return document, msgspec.convert(document, View)
-    except msgspec.ValidationError as exc:
+    except ValueError as exc:  # msgspec's is one
         from lmcache.cli.http import wrong_peer
 
         raise wrong_peer(url, f"its status is not one that this version reads: {exc}") from exc
+
+
+def _check_finite(found: Any) -> None:
+    """Raises: ValueError for a number that JSON has not, and no figure can be made of."""
+    if isinstance(found, float) and not math.isfinite(found):
+        raise ValueError(f"it has a number that is {found}")
+    for part in found.values() if isinstance(found, dict) else found if isinstance(found, list) else ():
+        _check_finite(part)

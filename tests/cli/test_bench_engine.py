@@ -78,6 +78,14 @@ def test_a_page_without_the_counters_is_unknown_and_not_zero(page):
     assert found.because
 
 
+@pytest.mark.parametrize("count", ["NaN", "-1", "1e308", "1" + "0" * 400])
+@pytest.mark.parametrize("counted", ["10.0", "3.0"])
+def test_counts_that_nobody_can_have_counted_are_unknown(counted, count):
+    found = parse_engine(METRICS.replace(f" {counted}\n", f" {count}\n"))
+    assert isinstance(found, Unknown)
+    assert "the engine's /metrics cannot be read: vllm:" in found.because
+
+
 def test_only_what_was_counted_between_the_readings_counts():
     assert token_origins(engine(100, 200, 300, 4), engine(101, 202, 303, 8)) == TokenOrigins(2, 3, 1, 4)
     used = cache_use(status("a", 10, 10, 100, 100, 10), status("a", 13, 11, 150, 170, 30))

@@ -4,11 +4,13 @@ import json
 import re
 
 import msgspec
+import pytest
 
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.keys import chunk_keys
+from lmcache.protocol import StatusReply
 from tests.cli.conftest import CHUNK_BYTES, LAYOUT, MODEL, Cli, namespace
-from tests.cli.peers import http_peer
+from tests.cli.peers import http_peer, zmq_peer
 from tests.server_process import LmcacheServer, running_lmcache
 
 PROMISED = [
@@ -171,6 +173,30 @@ def test_a_server_with_problems_exits_with_1():
     assert fields(done.stdout)["Problem"] == "L2 is full"
     assert "the server is not healthy: L2 is full" in done.stderr
     assert document["problems"] == ["L2 is full"]
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        '{"healthy": true, "hit_rate": NaN, "l1": {"capacity_bytes": 100, "used_bytes": 50}}',
+        '{"healthy": true, "uptime_seconds": 1e999, "l1": {"capacity_bytes": 100, "used_bytes": 50}}',
+        '{"healthy": true, "l1": {"capacity_bytes": 1' + "0" * 400 + ', "used_bytes": 50}}',
+        '{"healthy": true, "hit_rate": 1.5, "l1": {"capacity_bytes": 100, "used_bytes": 50}}',
+    ],
+    ids=["NaN", "infinite", "401 digits", "ratio"],
+)
+@pytest.mark.parametrize("words", [[], ["--config"]])
+def test_numbers_that_cannot_be_are_not_the_answer_of_a_server(status, words):
+    with http_peer(200, status.encode()) as port:
+        error = Cli(f"http://localhost:{port}").refused("describe", "kvcache", *words, code=1)
+    assert "does not answer like an lmcache server" in error
+
+
+def test_numbers_that_cannot_be_are_found_over_zmq_too():
+    status = {"healthy": True, "l1": {"capacity_bytes": 1, "used_bytes": 0}, "l2": [{"put_seconds": float("nan")}]}
+    with zmq_peer(lambda frames: [frames[0], msgspec.msgpack.encode(StatusReply(boot="0" * 32, status=status))]) as port:
+        error = Cli(f"localhost:{port}").refused("describe", "kvcache", code=1)
+    assert "its status is not one that this version reads: it has a number that is nan" in error
 
 
 def test_tiers_and_hit_rate_are_shown_with_their_units():

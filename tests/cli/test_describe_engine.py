@@ -151,6 +151,31 @@ def test_metrics_that_are_no_numbers_are_left_out():
     }
 
 
+def test_counts_and_shares_that_cannot_be_are_unknown():
+    metrics = """
+vllm:num_requests_running{engine="0"} 1e308
+vllm:num_requests_running{engine="1"} 1e308
+vllm:num_requests_waiting NaN
+vllm:kv_cache_usage_perc 1.5
+vllm:prefix_cache_queries_total 10
+vllm:prefix_cache_hits_total 11
+sglang:cache_hit_rate 2
+"""
+    document = describe({**VLLM, "/metrics": (200, metrics)})
+    figures = ("running_requests", "waiting_requests", "kv_cache_usage_ratio", "prefix_cache_hit_ratio")
+    assert [document[name] for name in figures] == [None] * 4
+    assert document["running_requests_unknown_because"] == "/metrics has no vllm:num_requests_running"
+    told = "/metrics has a share of 1.5 for vllm:kv_cache_usage_perc"
+    assert document["kv_cache_usage_ratio_unknown_because"] == told
+
+
+def test_a_length_beyond_64_bits_is_no_document():
+    models = '{"data": [{"id": "m", "max_model_len": 1' + "0" * 400 + "}]}"
+    with engine_peer({**VLLM, "/v1/models": (200, models)}) as engine:
+        error = Cli("").refused("describe", "engine", "--url", engine.url, code=1)
+    assert "/v1/models did not answer with a JSON object" in error
+
+
 def test_text_and_json_agree():
     with engine_peer(SGLANG) as engine:
         found = fields(Cli("")("describe", "engine", "--url", engine.url).stdout)

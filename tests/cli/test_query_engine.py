@@ -380,6 +380,19 @@ def test_lines_that_are_no_events_are_quoted(line):
     assert "did not answer with a stream of tokens: " in answered_with(streams(piece("One"), line))
 
 
+def test_counts_that_nobody_can_have_counted_are_no_usage():
+    script = streams(piece("One", "stop"), usage(5, 2**53 + 1), usage(2**60, 2**60), "data: [DONE]")
+    with engine_peer({**ENGINE, "/v1/completions": script}) as engine:
+        found = Cli("").json(*ASK, "--url", engine.url)
+    assert (found["usage_prompt_tokens"], found["output_tokens"]) == (5, None)
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999", "1" + "0" * 400])
+def test_numbers_that_overflow_are_no_stream(number):
+    line = 'data: {"choices": [], "usage": {"completion_tokens": ' + number + "}}"
+    assert "did not answer with a stream of tokens" in answered_with(streams(piece("One", "stop"), line, "data: [DONE]"))
+
+
 def test_an_error_within_the_stream_is_the_engines():
     script = streams(piece("One"), event(error={"message": "out of memory"}), "data: [DONE]")
     assert "the engine failed while it answered: out of memory" in answered_with(script)

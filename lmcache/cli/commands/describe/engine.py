@@ -90,17 +90,17 @@ class EngineSample(Sample):
         series = self._series(names)
         return series if isinstance(series, Unknown) else sum(series)
 
-    def mean(self, names: Sequence[str]) -> float | Unknown:
-        """Return the mean over all series of the first metric that the engine has."""
+    def share(self, names: Sequence[str]) -> float | Unknown:
+        """Return the mean over all series of the first metric that the engine has, 0 to 1."""
         series = self._series(names)
-        return series if isinstance(series, Unknown) else sum(series) / len(series)
+        return series if isinstance(series, Unknown) else _share(sum(series) / len(series), names[0])
 
     def hit_ratio(self, hits_and_queries: tuple[str, str], ready_made: Sequence[str] = ()) -> float | Unknown:
         """Return the share of tokens that were found since the engine started."""
         hits, queries = (self.total([name]) for name in hits_and_queries)
         if isinstance(hits, Unknown) or isinstance(queries, Unknown):
-            return self.mean(ready_made or hits_and_queries[:1])
-        return hits / queries if queries else Unknown("no prompt yet")
+            return self.share(ready_made or hits_and_queries[:1])
+        return _share(hits / queries, hits_and_queries[0]) if queries else Unknown("no prompt yet")
 
     def _series(self, names: Sequence[str]) -> list[float] | Unknown:
         if isinstance(self.metrics, Unknown):
@@ -117,7 +117,7 @@ class EngineSample(Sample):
         self._add_status(result)
         _add_count(result, "Running requests", "running_requests", self.total(RUNNING))
         _add_count(result, "Waiting requests", "waiting_requests", self.total(WAITING))
-        _add_ratio(result, "KV cache usage", "kv_cache_usage_ratio", self.mean(KV_USAGE))
+        _add_ratio(result, "KV cache usage", "kv_cache_usage_ratio", self.share(KV_USAGE))
         _add_ratio(result, "Prefix cache hit rate", "prefix_cache_hit_ratio", self.hit_ratio(PREFIX_HITS, PREFIX_HIT_RATE))
         _add_ratio(result, "External cache hit rate", "external_cache_hit_ratio", self.hit_ratio(EXTERNAL_HITS))
         _add(result, "Engine version", "engine_version", self.version)
@@ -147,7 +147,7 @@ class EngineSample(Sample):
             self._state(),
             f"running {_short(self.total(RUNNING))}",
             f"waiting {_short(self.total(WAITING))}",
-            f"KV cache {_percent(self.mean(KV_USAGE))}",
+            f"KV cache {_percent(self.share(KV_USAGE))}",
             f"prefix hits {_percent(self.hit_ratio(PREFIX_HITS, PREFIX_HIT_RATE))}",
             f"external hits {_percent(self.hit_ratio(EXTERNAL_HITS))}",
         ]
@@ -164,6 +164,10 @@ class EngineSample(Sample):
             if not isinstance(now, Unknown) and not isinstance(then, Unknown) and now >= then:
                 rates.append(f"{label} {(now - then) / seconds:.1f} tokens/s")
         return rates
+
+
+def _share(value: float, name: str) -> float | Unknown:
+    return value if 0 <= value <= 1 else Unknown(f"{METRICS_PATH} has a share of {value:g} for {name}")
 
 
 def _add_models(result: Result, models: list[ServedModel] | Unknown) -> None:
