@@ -46,6 +46,10 @@ ENVIRONMENT_VARIABLES = frozenset(
 PREFIX = "LMCACHE_"
 WRONG_PREFIX = "LM_CACHE_"
 
+# They say how a prompt's tokens become keys, and nothing without a prompt.
+PROMPT_COMPANIONS = ("corpus", "tokenizer", "tokenize_with", "lora", "cache_salt")
+PROMPT_OPTIONS = ("prompt", "tokens", "model", *PROMPT_COMPANIONS)
+
 URL_RULE = "use http:// or https:// for HTTP; tcp://host:port, ipc:///path or host:port for ZMQ"
 
 
@@ -354,6 +358,11 @@ def _lora(text: str) -> tuple[str, str]:
     if not name or not separator or not path:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH, as in vLLM's --lora-modules")
     return name, path
+
+
+def prompt_options_given(args: Namespace, names: Iterable[str] = PROMPT_COMPANIONS) -> list[str]:
+    """Return those of the options of a prompt that were given, as the user writes them."""
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
 
 
 # -- environment -----------------------------------------------------------------------------------

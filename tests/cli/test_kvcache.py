@@ -192,5 +192,23 @@ def test_evict_without_a_condition_is_refused(zmq_cli: Cli):
     assert "evict what? no condition was given" in zmq_cli.refused("kvcache", "evict")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--ratio", "100%", "--cache-salt", "tenantA"],
+        ["--model", MODEL, "--lora", "X"],
+        ["--older-than", "0", "--tokenizer", "/tmp"],
+        ["--bytes", "1GiB", "--tokenize-with", "http://localhost:1"],
+        ["--ratio", "1", "--corpus", "own=/dev/null"],
+        ["--cache-salt", "tenantA"],
+    ],
+)
+def test_evict_refuses_what_narrows_a_prompt_where_there_is_none(zmq_cli: Cli, keys: bytes, server: LmcacheServer, words):
+    error = zmq_cli.refused("kvcache", "evict", *words)
+    assert words[-2] in error.splitlines()[0]
+    assert "add --prompt or --tokens" in error
+    assert num_chunks(server) == 8
+
+
 def test_evicting_an_unknown_model_lists_the_known_ones(zmq_cli: Cli, engine: KVCacheClient):
     assert MODEL in zmq_cli.refused("kvcache", "evict", "--model", "other", code=1)

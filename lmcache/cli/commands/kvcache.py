@@ -239,8 +239,10 @@ def evict(args: Namespace) -> int:
 def select(url: Url, args: Namespace) -> tuple[str | None, list[bytes]]:
     """Return the model's registered name, if one was given, and the payload of keys, if tokens were.
 
-    Raises: UsageError when no condition was given; LMCacheError, UnreachableError, RemoteError.
+    Raises: UsageError when no condition was given, or one that narrows a prompt's keys without a prompt;
+        LMCacheError, UnreachableError, RemoteError.
     """
+    from lmcache.cli.base import prompt_options_given
     from lmcache.cli.prompts import check_prompt_options, has_prompt, keys_of, model_name, read_prompt, select_model
     from lmcache.cli.status import fetch_status
     from lmcache.errors import UsageError
@@ -249,6 +251,12 @@ def select(url: Url, args: Namespace) -> tuple[str | None, list[bytes]]:
         check_prompt_options(args)
         model = select_model(fetch_status(url, args.timeout)[1].models, args.model)
         return None, [keys_of(args, model, read_prompt(args, model).token_ids)]
+    idle = prompt_options_given(args)
+    if idle:
+        raise UsageError(
+            f"{', '.join(idle)} would narrow nothing: without --prompt or --tokens chunks of every request are selected",
+            "add --prompt or --tokens, or leave it out",
+        )
     if args.model is not None:
         return model_name(fetch_status(url, args.timeout)[1].models, args.model), []
     if args.num_bytes is None and args.ratio is None and args.older_than is None:

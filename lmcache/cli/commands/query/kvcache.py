@@ -68,8 +68,14 @@ def check_round_trip_options(args: Namespace) -> None:
 
     Raises: UsageError
     """
+    from lmcache.cli.base import PROMPT_OPTIONS, prompt_options_given
     from lmcache.errors import UsageError
 
+    given = prompt_options_given(args, PROMPT_OPTIONS)
+    if args.round_trip and given:
+        raise UsageError(
+            f"a round trip stores random bytes; {', '.join(given)} would do nothing", "leave it out, or leave --round-trip out"
+        )
     if args.device == "cuda" and not args.round_trip:
         raise UsageError("--device says where a round trip's bytes are; a lookup moves none", "add --round-trip")
     if args.device == "cuda" and args.inline:
