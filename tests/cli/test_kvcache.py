@@ -196,7 +196,7 @@ def test_evict_without_a_condition_is_refused(zmq_cli: Cli):
     "words",
     [
         ["--ratio", "100%", "--cache-salt", "tenantA"],
-        ["--model", MODEL, "--lora", "X"],
+        ["--model", MODEL, "--lora", "x=/y"],
         ["--older-than", "0", "--tokenizer", "/tmp"],
         ["--bytes", "1GiB", "--tokenize-with", "http://localhost:1"],
         ["--ratio", "1", "--corpus", "own=/dev/null"],

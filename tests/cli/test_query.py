@@ -208,7 +208,7 @@ def test_missing_transformers_names_the_extra(zmq_cli: Cli, engine: KVCacheClien
         (["--round-trip", "--device", "cuda", "--inline"], "--device cuda copies between the GPU and the mapped pool"),
         (["--round-trip", "--device", "cuda", "--chunk-bytes", "100001"], "chunks of 100001 bytes are not whole blocks"),
         (["--round-trip", "--prompt", "x"], "a round trip stores random bytes; --prompt would do nothing"),
-        (["--round-trip", "--model", MODEL, "--lora", "a"], "--model, --lora would do nothing"),
+        (["--round-trip", "--model", MODEL, "--lora", "a=/b"], "--model, --lora would do nothing"),
         (["--tokens", "f", "--device", "cuda"], "--device says where a round trip's bytes are"),
     ],
 )
