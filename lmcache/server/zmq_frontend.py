@@ -41,6 +41,11 @@ SEND_HWM = 4096
 # Of those, replies that carry chunks: they keep up to MAX_GET_BYTES each of the pool pinned until the peer reads.
 MAX_UNSENT_GETS = 64
 HANDSHAKE_TIMEOUT_MS = 5000
+# A peer whose host acknowledges nothing, or that takes not one byte, for so long is gone, and chunks on their way to it are
+# unpinned: TCP_USER_TIMEOUT, which Linux 5.11 and later heed for a reader that stands still, too. The I/O thread of a client
+# that is busy reads on. ZMQ's heartbeats would end a slow upload: a frame is no sign of life before all of it is there.
+PEER_TIMEOUT_MS = 30_000
+KEEPALIVE_SECONDS = 10
 # libzmq tells nobody when it has sent a frame: while chunks are on their way, look this often whether they can be unpinned.
 UNSENT_POLL_MS = 2
 # How long the HTTP sides wait for the owner thread.
@@ -66,6 +71,9 @@ class ZmqFrontend:
         self._router.sndhwm = SEND_HWM
         self._router.sndtimeo = 0
         self._router.handshake_ivl = HANDSHAKE_TIMEOUT_MS
+        self._router.tcp_maxrt = PEER_TIMEOUT_MS
+        self._router.tcp_keepalive = 1
+        self._router.tcp_keepalive_idle = self._router.tcp_keepalive_intvl = KEEPALIVE_SECONDS
         # Other threads wake the owner as a client would: one socket to wait on, and no poller in each round trip.
         self._doorbell_id = b"\1" + secrets.token_bytes(16)
         self._doorbell = self._context.socket(zmq.DEALER)

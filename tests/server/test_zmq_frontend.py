@@ -138,6 +138,20 @@ def test_a_reader_that_does_not_read_holds_a_bounded_number_of_replies_until_it_
         assert mq.call(Clear()).objects == 1
 
 
+def test_a_reader_that_stands_still_for_too_long_is_gone(tmp_path, monkeypatch):
+    """Its connection stays open at its end: frozen, or beyond a network that is cut."""
+    monkeypatch.setattr("lmcache.server.zmq_frontend.PEER_TIMEOUT_MS", 500)
+    with server_in(tmp_path, l1_size_gb=1 / 64) as server, MessageQueueClient(server.endpoints.zmq) as mq:
+        client = put_chunk(mq, 4 << 20)
+        with RawPeer(int(server.endpoints.zmq.rpartition(":")[2]), receive_buffer_bytes=4096) as peer:
+            peer.shake_hands()
+            for number in range(4):
+                peer.send([bytes([number]), encode(GetRequest(client=client)), keys(1)])
+            wait_until(lambda: status_of(server)["counters"]["retrieved_chunks"] == 4)
+            wait_until(lambda: status_of(server)["l1"]["pins"] == 0)
+            assert mq.call(Clear()).objects == 1
+
+
 def test_stopping_while_chunks_are_on_their_way_leaves_nothing(tmp_path):
     """The fixture checks threads, descriptors, mappings and files."""
     peers = []
