@@ -342,7 +342,7 @@ class Tally:
     """What an engine counts until it is reported. Any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # garbage collection closes clients in any thread
         self._failed_blocks: Counter[FailureReason] = Counter()
         self._failed_lookups: Counter[FailureReason] = Counter()
         self._decode_chunks = 0
@@ -455,7 +455,10 @@ class KVCacheClient:
         self._inline = inline
         self.tally = Tally()
         self._posted: list[tuple[str, Report]] = []  # since the last heartbeat, with the server life that was told
-        self._lock = threading.Lock()
+        # Garbage collection may close this client in any thread, also in one that holds these.
+        self._lock = threading.RLock()
+        self._pause = threading.Condition(threading.RLock())
+        self._is_leaving = False
         self._introducing = threading.Lock()
         self._attachment: Attachment | None = None
         # The pool of the last introduction, which the next one may find again; and those that may not be undone yet.
@@ -467,7 +470,6 @@ class KVCacheClient:
         self._copied_bytes = 0
         self._down_reason = ""
         self._log = RateLimitedLog(logger)
-        self._stop = threading.Event()
         self._heartbeat_seconds = heartbeat_seconds
         self._on_beat = on_beat
         self._heartbeat: threading.Thread | None = None
@@ -570,8 +572,12 @@ class KVCacheClient:
             attachment.release()
             raise
         attachment.copied_before_bytes = self._copied_bytes
-        self._attachment = attachment
-        return attachment
+        with self._lock:
+            if not self._is_leaving:
+                self._attachment = attachment
+                return attachment
+        attachment.release()
+        raise UnreachableError(f"the client of {self.mq.url} is closed")
 
     def _introduce(self) -> Attachment:
         hello = self.mq.call(Hello(kind=self._kind, pid=os.getpid(), software=self._software))
@@ -606,7 +612,7 @@ class KVCacheClient:
         mapping = PoolMapping(path)
         self._mappings = [*(other for other in self._mappings if not other.is_undone), mapping]
         with self._lock:
-            if not self._stop.is_set() and mapping.try_acquire():
+            if not self._is_leaving and mapping.try_acquire():
                 self._mapping = mapping
         return mapping
 
@@ -627,7 +633,7 @@ class KVCacheClient:
     def _retire(self, attachment: Attachment) -> None:
         """End an introduction that is of no more use; while we leave it is `close` who ends it, with a goodbye."""
         with self._lock:
-            if self._attachment is attachment and not self._stop.is_set():
+            if self._attachment is attachment and not self._is_leaving:
                 self._attachment = None
                 attachment.release()
 
@@ -689,13 +695,13 @@ class KVCacheClient:
     def _beat(self) -> None:
         """Heartbeat thread: renews the lease, notices a new boot id, tries again with back-off while the server is away."""
         wait, backoff = 0.0, 0.1
-        while not self._stop.wait(wait):
+        while self._stays_after(wait):
             attachment = self._attachment
             try:
                 try:
                     wait, backoff = self._beat_once(attachment), 0.1
                 except LMCacheError as exc:
-                    if self._stop.is_set():
+                    if self._is_leaving:
                         return  # it was `close` that ended the wait
                     self._note_missed_beat(attachment, exc)
                     wait, backoff = backoff, min(backoff * 2, BACKOFF_MAX_SECONDS)
@@ -704,6 +710,12 @@ class KVCacheClient:
                     self._down_reason = f"a heartbeat failed: {exc!r}"
                 self._log.warning("heartbeat", f"a heartbeat failed, and is tried again: {exc!r}")
                 wait = BACKOFF_MAX_SECONDS
+
+    def _stays_after(self, seconds: float) -> bool:
+        with self._pause:
+            if not self._is_leaving:
+                self._pause.wait(timeout=seconds)
+            return not self._is_leaving
 
     def _note_missed_beat(self, attachment: Attachment | None, exc: LMCacheError) -> None:
         # Something else may answer there, now or later. Who was connected and is silent is frozen: no need to look.
@@ -802,11 +814,16 @@ class KVCacheClient:
 
         While something may still be written to a reserved place (a store that does not end in time, or never), all stay ours:
         the server frees them when the last one is given back, or this process has ended.
+
+        Any thread, the heartbeat's too: as a finalizer it runs in whichever one garbage collection begins.
         """
-        self._stop.set()
+        with self._pause:
+            self._is_leaving = True
+            self._pause.notify_all()
         if self._heartbeat is not None:
             self.mq.begin_close()
-            self._heartbeat.join(timeout=BACKOFF_MAX_SECONDS + 1)
+            if self._heartbeat is not threading.current_thread():
+                self._heartbeat.join(timeout=BACKOFF_MAX_SECONDS + 1)
         with self._lock:
             attachment, self._attachment = self._attachment, None
         if attachment is not None:

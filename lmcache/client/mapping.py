@@ -24,7 +24,7 @@ class Shared(ABC):
     """What has users: whoever makes it is the first, and the last one to release it closes it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # garbage collection closes clients in any thread
         self._num_users = 1
 
     def try_acquire(self) -> bool:
@@ -58,6 +58,7 @@ class PoolMapping(Shared):
         self.view = PoolView(path)
         self._unwatch: Callable[[], None] | None = None
         self._undone = threading.Event()
+        self._undoing_thread = 0
 
     def watch(self, watch: WatchMapping) -> None:
         """Tell of it, while the caller uses it, if that was not done; what `watch` returns is called before it goes."""
@@ -77,8 +78,8 @@ class PoolMapping(Shared):
         return self.is_of(self.view.path) and (self.view.header.persistent or not is_gone)
 
     def join(self, seconds: float) -> None:
-        """Wait until it is unmapped, if the last user has released it."""
-        if self._num_users == 0:
+        """Wait until it is unmapped, if the last user has released it, and it is not the calling thread that does it."""
+        if self._num_users == 0 and self._undoing_thread != threading.get_ident():
             self._undone.wait(seconds)
 
     @property
@@ -99,6 +100,7 @@ class PoolMapping(Shared):
         return False
 
     def _undo(self) -> None:
+        self._undoing_thread = threading.get_ident()
         try:
             if self._unwatch is not None:
                 self._unwatch()

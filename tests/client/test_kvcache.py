@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from lmcache.client import kvcache
+from lmcache.client import kvcache, mq
 from lmcache.client.kvcache import KVCacheClient, checksum
 from lmcache.errors import ChecksumError, DeadlineError, PoolError, RemoteError, StaleReadError, UnreachableError
 from lmcache.keys import KEY_BYTES, chunk_keys
@@ -838,6 +838,76 @@ def test_closing_a_client_of_a_server_that_hangs_is_quick(server):
         client.store(keys(1), chunks_of(1))
         proxy.hold.set()
         assert seconds(client.close) < 30
+
+
+# -- closing as a finalizer, which garbage collection runs in any thread -----------------------------------------------
+
+
+def beating(server, **options) -> KVCacheClient:
+    client = KVCacheClient(server.endpoints.zmq, heartbeat=True, heartbeat_seconds=0.02, **options)
+    wait_until(lambda: client._attachment is not None)
+    return client
+
+
+def test_a_client_closed_by_its_own_heartbeat_leaves(server):
+    closed = threading.Event()
+
+    def close_it(client: KVCacheClient) -> None:
+        client.close()
+        closed.set()
+
+    client = KVCacheClient(server.endpoints.zmq, heartbeat=True, on_beat=close_it)
+    assert closed.wait(60)
+    wait_until(lambda: not client._heartbeat.is_alive())
+    assert status_of(server)["clients"] == []
+
+
+def test_a_client_closed_within_its_heartbeats_request_leaves(server, monkeypatch):
+    client = beating(server)
+    closed = threading.Event()
+    receive = mq._Channel._receive
+
+    def close_first(channel: mq._Channel, timeout_ms: int) -> object:
+        if threading.current_thread() is client._heartbeat and not closed.is_set():
+            client.close()
+            closed.set()
+        return receive(channel, timeout_ms)
+
+    monkeypatch.setattr(mq._Channel, "_receive", close_first)
+    assert closed.wait(60)
+    wait_until(lambda: not client._heartbeat.is_alive())
+
+
+def test_a_client_closed_within_its_introduction_keeps_none(server):
+    client = KVCacheClient(server.endpoints.zmq)
+    client._watch = lambda view: client.close() or (lambda: None)
+    with pytest.raises(UnreachableError, match="is closed"):
+        client.attach()
+
+
+def test_a_client_can_be_closed_where_its_locks_are_held(server):
+    client = beating(server)
+
+    def close() -> None:
+        with client._lock, client._pause, client.tally._lock, client._attachment._lock, client._mapping._lock:
+            client.close()
+
+    closer = threading.Thread(target=close, daemon=True)
+    closer.start()
+    closer.join(60)
+    assert not closer.is_alive()
+    assert status_of(server)["clients"] == []
+
+
+def test_a_client_closed_by_the_thread_that_unmaps_its_pool_does_not_wait_for_that(server, monkeypatch):
+    monkeypatch.setattr(kvcache, "UNMAP_SECONDS", 3600.0)
+    closed = threading.Event()
+    client = beating(server)
+    client.watch_mapping(lambda view: lambda: client.close() or closed.set())
+    client._let_go_of_mapping()
+    client._retire(client._attachment)
+    assert closed.wait(60)
+    wait_until(lambda: not client._heartbeat.is_alive())
 
 
 # -- a pool that cannot be mapped -------------------------------------------------------------------------------------

@@ -118,7 +118,8 @@ class BackgroundStores:
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-        self._thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        if self._thread is not threading.current_thread():  # as a finalizer it runs where garbage collection begins
+            self._thread.join(timeout=max(0.0, deadline - time.monotonic()))
         with self._changed:
             for job in self._jobs:
                 job.is_cancelled = True
