@@ -16,7 +16,7 @@ import time
 import h11
 
 from lmcache.cli.base import DEFAULT_TIMEOUT_SECONDS, ENGINE_TOKEN_VARIABLE, TOKEN_VARIABLE, Url, check_name
-from lmcache.errors import DeadlineError, LMCacheError, RemoteError, UnreachableError, UsageError
+from lmcache.errors import DeadlineError, LMCacheError, ProtocolError, RemoteError, UnreachableError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -154,15 +154,16 @@ class HttpClient:
     def send(self, method: str, path: str, params: Mapping[str, str] | None = None, json: Any = None) -> HttpAnswer:
         """Send one request and return its answer, whatever its status.
 
-        Raises: UnreachableError, also when the answer is not HTTP.
+        Raises: UnreachableError, also when the answer is not HTTP; ProtocolError when it ceases to be.
         """
         deadline = time.monotonic() + self.timeout
         try:
             connection, status = self._exchange(method, path, params, json, deadline)
             body = connection.body(deadline)
         except (OSError, h11.ProtocolError, _ClosedError) as exc:
+            error = self._error(exc)
             self._drop()
-            raise self._error(exc) from exc
+            raise error from exc
         return HttpAnswer(status, body, connection.round_trip_seconds, connection.location)
 
     def lines(self, path: str, json: Any, patience: float) -> Iterator[tuple[bytes, float]]:
@@ -171,7 +172,7 @@ class HttpClient:
         The first item is an empty line with the time of sending. Each line may take `patience` seconds.
 
         Raises: UnreachableError, also when the connection ends before the answer; RemoteError for
-            another status than 200.
+            another status than 200; ProtocolError when the answer ceases to be HTTP.
         """
         deadline = time.monotonic() + patience
         try:
@@ -245,13 +246,17 @@ class HttpClient:
         """Return our error for what the socket or h11 raised."""
         if isinstance(exc, TimeoutError):
             if _speaks_zmq(self.url):
-                hint = f"use --url tcp://{self.url.text.partition('://')[2]}"
+                address = f"--url tcp://{self.url.text.partition('://')[2]}"
+                is_ours = self.peer is SERVER
+                hint = f"use {address}" if is_ours else f"for an lmcache server: 'lmcache ping kvcache {address}'"
                 return UnreachableError(f"{self.url} speaks ZMQ, not HTTP", hint, "not_http")
             return DeadlineError(f"no reply from {self.url} within {timeout or self.timeout:g} s", self.peer.absent_hint)
         if isinstance(exc, _ClosedError) and exc.has_begun:
             return UnreachableError(f"{self.url} ended the connection within its answer", "see its log", "connection_lost")
+        if isinstance(exc, h11.ProtocolError) and self._connection is not None and self._connection.has_head:
+            return ProtocolError(f"the answer of {self.url} cannot be read: {exc}", self.peer.log_hint)
         if isinstance(exc, (h11.ProtocolError, _ClosedError)):
-            hint = "check the port; a ZMQ port is written tcp://host:port"
+            hint = "check the port" + ("; a ZMQ port is written tcp://host:port" if self.peer is SERVER else "")
             return UnreachableError(f"{self.url} does not speak HTTP: {exc}", hint, "not_http")
         return UnreachableError(f"cannot connect to {self.url}: {exc}", self.peer.absent_hint)
 
@@ -324,6 +329,7 @@ class _Connection:
         self._host = url.text.partition("://")[2].partition("/")[0]
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._has_begun = False
+        self.has_head = False
         self.location = ""
         self.sent_at = self.received_at = 0.0
         self.round_trip_seconds = 0.0
@@ -346,7 +352,7 @@ class _Connection:
         if body:
             data += self._h11.send(h11.Data(data=body)) or b""
         data += self._h11.send(h11.EndOfMessage()) or b""
-        self._has_begun = False
+        self._has_begun = self.has_head = False
         self._socket.settimeout(_left(deadline))
         self.sent_at = time.monotonic()
         try:
@@ -361,6 +367,7 @@ class _Connection:
             event = self._next_event(deadline)
         if not isinstance(event, h11.Response):
             raise _ClosedError(has_begun=False)
+        self.has_head = True
         self.location = next((value.decode(errors="replace") for name, value in event.headers if name == b"location"), "")
         return event.status_code
 

@@ -8,6 +8,10 @@ import time
 
 import pytest
 
+from lmcache.cli import http
+from lmcache.cli.base import parse_url
+from lmcache.cli.http import ENGINE, HttpClient
+from lmcache.errors import ProtocolError
 from tests.cli.conftest import Cli
 from tests.cli.peers import engine_peer, http_peer, tcp_peer
 from tests.server_process import LmcacheServer, free_port, run_lmcache
@@ -155,6 +159,38 @@ def test_an_engine_that_hangs_up_is_exit_code_3():
     with engine_peer({"/health": lambda handler: handler.hang_up()}) as engine:
         error = Cli("").refused("ping", "engine", "--url", engine.url, code=3)
     assert "closed the connection without an answer" in error
+
+
+@pytest.mark.parametrize("words", [["ping", "engine"], ["query", "engine", "--prompt", "x"], ["describe", "engine"]])
+def test_a_zmq_port_written_as_http_names_a_command_that_takes_it(server: LmcacheServer, words):
+    url = f"http://localhost:{server.port}"
+    for _ in range(20):  # a busy server may take too long to show what it speaks
+        error = Cli("").refused(*words, "--timeout", "1", "--url", url, code=3)
+        if "speaks ZMQ" in error:
+            break
+    assert f"hint: for an lmcache server: 'lmcache ping kvcache --url tcp://localhost:{server.port}'" in error
+    assert Cli("")("ping", "kvcache", "--url", f"tcp://localhost:{server.port}").returncode == 0
+
+
+def test_an_answer_that_ceases_to_be_http_is_exit_code_1():
+    def health(handler):
+        handler.start_stream()
+        handler.wfile.write(b"zz\r\n")
+        handler.hang_up()
+
+    with engine_peer({"/health": health}) as engine:
+        error = Cli("").refused("ping", "engine", "--url", engine.url, code=1)
+    assert f"the answer of {engine.url} cannot be read: " in error
+    assert "does not speak HTTP" not in error
+    assert "hint: see the engine's log" in error
+
+
+def test_a_body_that_is_too_large_is_exit_code_1(monkeypatch):
+    monkeypatch.setattr(http, "MAX_BODY_BYTES", 1000)
+    with engine_peer({"/health": (200, "x" * 1001)}) as engine, HttpClient(parse_url(engine.url), 60, ENGINE) as client:
+        with pytest.raises(ProtocolError, match="an answer of more than 1000 bytes"):
+            client.send("GET", "/health")
+        assert client.send("GET", "/other").status == 404  # on another connection
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
