@@ -17,7 +17,7 @@ from typing import Any
 
 from lmcache.environment import is_service_link
 from lmcache.errors import UsageError
-from lmcache.log import LEVELS
+from lmcache.log import LEVELS, init_logger
 from lmcache.pool import PAGE_BYTES
 from lmcache.protocol import DEFAULT_HTTP_PORT, DEFAULT_ZMQ_PORT
 from lmcache.storage.eviction import POLICIES
@@ -347,6 +347,8 @@ def config_from_args(args: argparse.Namespace, environ: Mapping[str, str] = os.e
             f" --eviction-watermark {config.storage.eviction_watermark:g}",
             hint="a pass cannot free more than is in use",
         )
+    if "metrics_host" in sources and not config.prometheus.metrics_port:
+        init_logger(__name__).warning("--metrics-host does nothing without --metrics-port: no port is opened for metrics alone")
     pool_dir = config.storage.pool_dir
     if not os.path.isdir(pool_dir) or not os.access(pool_dir, os.R_OK | os.W_OK | os.X_OK):
         problem = "cannot be written to by this user" if os.path.isdir(pool_dir) else "is not a directory"

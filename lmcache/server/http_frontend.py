@@ -11,7 +11,7 @@ from typing import Any
 from lmcache.errors import UsageError
 from lmcache.log import RateLimitedLog, init_logger
 from lmcache.metrics import Metrics
-from lmcache.server.zmq_frontend import ZmqFrontend
+from lmcache.server.zmq_frontend import ZmqFrontend, bind_hint
 
 logger = init_logger(__name__)
 
@@ -37,7 +37,7 @@ def bind(host: str, port: int) -> socket.socket:
             listener.close()
         raise UsageError(
             f"cannot listen on http://{host}:{port}: {exc}",
-            hint="is another server running? choose another --http-port, or pass --no-http",
+            hint=f"{bind_hint(exc, '--http-host', '--http-port')}; or pass --no-http",
         ) from exc
     return listener
 

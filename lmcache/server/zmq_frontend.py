@@ -7,6 +7,7 @@ Comes in: frames from ROUTER, and requests that other threads hand over with `ca
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import socket
 import threading
@@ -32,6 +33,17 @@ from lmcache.protocol import (
 from lmcache.server.service import Answer, CacheService
 
 logger = init_logger(__name__)
+
+
+def bind_hint(exc: Exception, host_flag: str, port_flag: str) -> str:
+    """Return what to do when a socket cannot be bound; ZMQ's errors have the system's numbers."""
+    number = getattr(exc, "errno", None)
+    if number == errno.EADDRINUSE:
+        return f"is another server running? choose another {port_flag}"
+    if number in (errno.EACCES, errno.EPERM):
+        return f"choose a {port_flag} that this user may open"
+    return f"{host_flag} must be an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
+
 
 # Messages taken from the socket before the tick gets its turn.
 MAX_MESSAGES_PER_TURN = 64
@@ -88,7 +100,7 @@ class ZmqFrontend:
             self._context.term()
             raise UsageError(
                 f"cannot listen on tcp://{host}:{port}: {exc}",
-                hint="is another server running? choose another --port",
+                hint=bind_hint(exc, "--host", "--port"),
             ) from exc
         self._service: CacheService | None = None
         self._receive_timeout_ms = -1

@@ -1,10 +1,13 @@
 """`lmcache server` as a process: flags, refusals and its end."""
 
+import argparse
+import logging
 import signal
 import socket
 
 import pytest
 
+from lmcache.server.args import add_arguments, config_from_args
 from tests.chaos.waiting import wait_until
 from tests.server_process import LmcacheServer, free_port, run_lmcache, running_lmcache
 
@@ -66,6 +69,36 @@ def test_a_port_in_use_is_one_error():
             assert done.returncode != 0
             assert port in done.stderr
             assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("host", ["nan", "192.0.2.1", "x" * 300])
+def test_a_host_that_is_not_this_machine_is_told_from_a_port_in_use(host):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for flags, used, is_own in (
+            (["--no-http", "--port", "0", "--host"], "--port", "--host must be an address of this machine"),
+            (
+                ["--port", "0", "--http-port", "0", "--http-host"],
+                "--http-port",
+                "--http-host must be an address of this machine",
+            ),
+        ):
+            error = run_lmcache("server", "--l1-size-gb", "0.03", *flags, host).stderr
+            assert f"hint: {is_own}" in error
+            assert "another server" not in error
+            error = run_lmcache("server", "--l1-size-gb", "0.03", *flags, "127.0.0.1", used, port).stderr
+            assert f"hint: is another server running? choose another {used}" in error
+
+
+def test_a_host_for_metrics_without_a_port_is_warned_of(caplog: pytest.LogCaptureFixture, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lmcache"), "propagate", True)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    config_from_args(parser.parse_args(["--metrics-host", "0.0.0.0", "--metrics-port", "9100"]), {})
+    config_from_args(parser.parse_args([]), {})
+    assert caplog.text == ""
+    config_from_args(parser.parse_args([]), {"LMCACHE_METRICS_HOST": "0.0.0.0"})
+    assert "--metrics-host does nothing without --metrics-port" in caplog.text
 
 
 def test_help_shows_every_group_of_flags():
