@@ -218,7 +218,7 @@ SPECS: tuple[MetricSpec, ...] = (
     ),
     _l2_gauge(
         "lmcache_l2_breaker_open",
-        "1 while the tier is left alone after failures in a row, until a probe succeeds.",
+        "1 while the tier is left alone after failures in a row, until a probe succeeds; where reads failed, a lookup's read.",
         direction=("read", "write"),
     ),
     _l2_gauge(

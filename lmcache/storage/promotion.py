@@ -94,6 +94,7 @@ class Promotion:
         self.loads: list[Load] = []
         self.num_committed = 0
         self.jobs: dict[FindJob | ReadJob, Tier] = {}
+        self.trials: list[Tier] = []
         self.waits_for: set[Promotion] = set()
         self.waiters: set[Promotion] = set()
         self.loading_since = 0.0
@@ -151,21 +152,22 @@ class Promoter:
 
         Until `done` has returned, all that was found is pinned.
         """
-        tiers = self._askable()
         num_known = len(l1_slots) // world_size
         wanted = split_keys(keys)
         missing = range(num_known, min(len(wanted), num_known + MAX_ENTRIES // world_size))
-        if not missing or not tiers:
+        tiers = self._askable(lambda tier: tier.reads.is_closed or tier.reads.take_trial()) if missing else []
+        if not tiers:
             return False
         entries = [Entry(wanted[i], rank, wanted[i - 1] if i else b"") for i in missing for rank in range(world_size)]
         self._l1.pin(l1_slots)
         promotion = Promotion(entries, world_size, l1_slots, timeout_seconds, done)
         promotion.questions = self._questions(promotion, tiers)
+        promotion.trials = [tier for tier in tiers if not tier.reads.is_closed]
         self._promotions.add(promotion)
         self._find(promotion)
         return True
 
-    def _askable(self) -> list[Tier]:
+    def _askable(self, is_up: Callable[[Tier], bool]) -> list[Tier]:
         """The tiers that are up, if one more lookup may wait for them."""
         found: list[Tier] = []
         for tier in self._tiers:
@@ -173,7 +175,7 @@ class Promoter:
                 tier.count("skipped_lookups", "busy")
             elif tier.num_clears:
                 tier.count("skipped_lookups", "cleared")
-            elif not tier.reads.is_closed:
+            elif not is_up(tier):
                 tier.count("skipped_lookups", "down")
             else:
                 found.append(tier)
@@ -337,6 +339,8 @@ class Promoter:
             return
         promotion.pinned += self._commit_leading(promotion)
         promotion.is_answered = True
+        for tier in promotion.trials:
+            tier.reads.end_trial()
         for waiter in promotion.waiters:
             waiter.waits_for.discard(promotion)
         try:
@@ -398,17 +402,17 @@ class Promoter:
         for promotion in [p for p in self._promotions if not p.is_answered]:
             if promotion.deadline <= now:
                 self._metrics.count("lmcache_l2_lookups_past_deadline")
-                self._blame(promotion)
+                self._judge(promotion)
                 self._stop(promotion)
             elif not promotion.loading_since and self._is_time_to_load(promotion):
-                self._blame(promotion)
+                self._judge(promotion)
                 _cancel_jobs(promotion)
                 self._load(promotion)
 
-    def _blame(self, promotion: Promotion) -> None:
-        """A tier that had nothing to show when its time was up has failed; one that is slow, or busy for others, has not.
+    def _judge(self, promotion: Promotion) -> None:
+        """A tier that has delivered works; one that had nothing to show when its time was up has failed.
 
-        Nor has one that was asked late, because those before it took most of the time.
+        One that is busy for others, or was asked late because those before it took most of the time, is not judged.
         """
         is_loading = promotion.loading_since > 0
         operation, since = ("read", promotion.loading_since) if is_loading else ("find", promotion.began_at)
@@ -419,7 +423,9 @@ class Promoter:
             if not job.is_cancelled:
                 jobs_of.setdefault(tier, []).append(job)
         for tier, jobs in jobs_of.items():
-            if tier.last_progress_at[operation] < since and not any(job.has_done_something for job in jobs):
+            if any(job.has_done_something for job in jobs):
+                tier.succeed(operation, tier.reads)
+            elif tier.last_progress_at[operation] < since:
                 tier.fail(operation, "deadline", "a lookup's deadline passed with nothing done", tier.reads)
 
     def cancel_all(self) -> None:
@@ -441,7 +447,7 @@ class Promoter:
 
     def begin_query(self, keys: bytes, world_size: int, l1_slots: list[int], timeout_seconds: float, done: Done) -> bool:
         """Find out what each tier holds of a prefix, load nothing, and call `done`; False when no tier can be asked."""
-        tiers = self._askable()
+        tiers = self._askable(lambda tier: tier.reads.takes_questions)
         names = split_keys(keys)[: MAX_ENTRIES // world_size]
         if not names or not tiers:
             return False

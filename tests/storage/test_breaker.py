@@ -71,3 +71,37 @@ def test_what_was_under_way_when_it_opened_changes_nothing():
     breaker.succeeded()
     assert not breaker.failed()
     assert not breaker.is_closed
+
+
+def test_what_was_found_does_not_make_up_for_reads_that_failed():
+    breaker = Breaker()
+    for _ in range(MAX_FAILURES):
+        assert breaker.is_closed
+        breaker.succeeded("find")
+        breaker.failed("read")
+    assert not breaker.is_closed
+    assert breaker.takes_questions
+
+
+def test_where_reads_failed_one_lookup_at_a_time_is_the_probe(clock: SimpleNamespace):
+    breaker = Breaker()
+    for _ in range(MAX_FAILURES):
+        breaker.failed("read")
+    assert not breaker.take_trial()
+    clock.now += MIN_BACKOFF_SECONDS
+    assert not breaker.take_probe()
+    assert [breaker.take_trial(), breaker.take_trial()] == [True, False]
+    assert not breaker.succeeded("find")
+    breaker.end_trial()  # there was nothing to read
+    assert not breaker.is_closed
+    assert breaker.take_trial()
+    assert not breaker.failed("read")
+    breaker.end_trial()
+    clock.now += MIN_BACKOFF_SECONDS
+    assert not breaker.take_trial()  # the back-off is longer now
+    clock.now += MIN_BACKOFF_SECONDS
+    assert breaker.take_trial()
+    assert breaker.succeeded("read")
+    breaker.end_trial()
+    assert breaker.is_closed
+    assert not breaker.failed("read")

@@ -8,7 +8,7 @@ import pytest
 from lmcache.pool import PAGE_BYTES, is_client_alive
 from lmcache.protocol import StoreOutcome
 from lmcache.storage.l2.base import Reason
-from lmcache.storage.l2.breaker import MAX_FAILURES
+from lmcache.storage.l2.breaker import MAX_FAILURES, BreakerState
 from lmcache.storage.manager import RemovalReason, Selection
 from lmcache.storage.promotion import MAX_ENTRIES
 from tests.pools import OWNER, content, key, keys, reserve, store
@@ -209,6 +209,51 @@ def test_a_tier_that_hangs_is_left_alone_after_some_deadlines(tmp_path: Path):
             assert tiered.look_up(0, seconds=0.01) == 0
         assert not tiered.begin(0)
         assert tiered.value("failures", "find", "deadline") == MAX_FAILURES
+
+
+def test_a_tier_whose_reads_hang_is_left_alone_although_it_finds(tmp_path: Path):
+    with tiered_in(tmp_path, read_threads=MAX_FAILURES) as tiered:
+        put_value(tiered.fake, *range(MAX_FAILURES))
+        tiered.fake.stop("get")
+        for number in range(MAX_FAILURES):
+            assert tiered.begin(number)
+            tiered.until(lambda: tiered.fake.num_waiting > number)  # noqa: B023
+            [promotion] = [one for one in tiered.tiers._promoter._promotions if not one.is_answered]
+            promotion.deadline = 0.0
+            tiered.until(lambda: len(tiered.found) > number)  # noqa: B023
+        assert tiered.value("failures", "read", "deadline") == MAX_FAILURES
+        assert not tiered.tier.reads.is_closed
+        assert not tiered.begin(0)
+
+
+def test_a_tier_whose_reads_failed_is_used_again_when_a_lookup_got_something(tmp_path: Path):
+    with tiered_in(tmp_path) as tiered:
+        breaker = tiered.tier.reads
+        put_value(tiered.fake, 0, 1, 2)
+        tiered.fake.errors["get"] = Reason.ERROR
+        for _ in range(MAX_FAILURES):
+            assert tiered.look_up(0) == 0
+        assert not breaker.is_closed
+        assert tiered.value("failures", "read", "error") == MAX_FAILURES
+        breaker._probe_at = 0.0
+        tiered.tiers.tick()
+        assert not breaker.is_closed
+        assert tiered.look_up(9) == 0  # nothing there to read
+        assert not breaker.is_closed
+        assert tiered.look_up(0, promotes=False) == 0
+        assert tiered.found[-1].hit_chunks == 1  # a description reads nothing
+        assert tiered.look_up(0) == 0
+        assert tiered.value("failures", "read", "error") == MAX_FAILURES + 1
+        assert tiered.tier.reads.state is BreakerState.OPEN
+        breaker._probe_at = 0.0
+        tiered.fake.errors.clear()
+        tiered.fake.stop("get")
+        assert tiered.begin(0)
+        tiered.until(lambda: tiered.fake.num_waiting)
+        assert not tiered.begin(1)  # one lookup at a time
+        tiered.fake.go()
+        tiered.until(lambda: breaker.is_closed, "the lookup's read")
+        assert tiered.look_up(0, 1, 2) == 3
 
 
 @pytest.mark.parametrize("hangs_at", ["lengths", "get"])

@@ -185,7 +185,7 @@ class WriteJob(Job):
 
 
 class ProbeJob(Job):
-    """Does it work again? For reads by asking for a value that is not there, for writes by the adapter's own ping."""
+    """Does it work again? For finds by asking for a value that is not there, for writes by the adapter's own ping."""
 
     operation = "probe"
 

@@ -144,7 +144,7 @@ class Tier:
 
     def note_used(self, keys: bytes, world_size: int) -> None:
         """L1 had these chunks of a prompt when an engine asked."""
-        if self._adapter.is_evicting and self.reads.is_closed and self._num_touches < MAX_TOUCHES:
+        if self._adapter.is_evicting and self.reads.takes_questions and self._num_touches < MAX_TOUCHES:
             self._num_touches += 1
             self.submit(TouchJob(keys, world_size, self._note_touched))
 
@@ -156,7 +156,7 @@ class Tier:
         reason = code if code in L2_FAILURE_REASONS else "other"
         self._metrics.count("lmcache_l2_failures", self.name, operation, reason)
         self._last_error = message
-        if breaker is not None and breaker.failed():
+        if breaker is not None and breaker.failed(operation):
             logger.warning(
                 "L2 %s: no more %ss for now, after failures in a row: %s; it is tried again by itself",
                 self.name,
@@ -166,14 +166,22 @@ class Tier:
         else:
             self._log.warning(f"{operation} {reason}", f"L2 {self.name}: a {operation} failed ({reason}): {message}")
 
+    def succeed(self, operation: str, breaker: Breaker) -> None:
+        """Note that the tier has done something for somebody who waited."""
+        if breaker.succeeded(operation):
+            self._log_recovery(breaker)
+
+    def _log_recovery(self, breaker: Breaker) -> None:
+        logger.info("L2 %s answers again: %ss go on", self.name, "write" if breaker is self.writes else "read")
+
     def _finish(self, job: Job) -> None:
         self._add_in_flight(job, -1)
         breaker = self._breaker_of(job)
         if job.error is not None:
             is_value = job.error.code in VALUE_CODES
             self.fail(job.operation, job.error.code, str(job.error), None if is_value else breaker)
-        elif breaker is not None and not job.is_cancelled:
-            breaker.succeeded()
+        elif breaker is not None and not job.is_cancelled and (not isinstance(job, ReadJob) or job.has_done_something):
+            self.succeed(job.operation, breaker)
         if job.operation in self._latency and job.error is None and not job.is_cancelled:
             self._latency[job.operation].add(1, job.seconds)
             self._metrics.observe("lmcache_l2_duration_seconds", self.name, job.operation, value=job.seconds)
@@ -214,7 +222,7 @@ class Tier:
             if breaker.take_probe():
                 self._probe(breaker)
         now = time.monotonic()
-        if self.reads.is_closed and not self._is_asking_usage and now - self._usage_at >= USAGE_SECONDS:
+        if self.reads.takes_questions and not self._is_asking_usage and now - self._usage_at >= USAGE_SECONDS:
             self._usage_at, self._is_asking_usage = now, True
             job = UsageJob(lambda: self._note_usage(job))
             self.submit(job)
@@ -223,7 +231,7 @@ class Tier:
         def probed() -> None:
             breaker.probed(job.error is None)
             if breaker.is_closed:
-                logger.info("L2 %s answers again: %ss go on", self.name, "write" if breaker is self.writes else "read")
+                self._log_recovery(breaker)
 
         job = ProbeJob(breaker is self.writes, probed)
         self.submit(job)
