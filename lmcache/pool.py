@@ -25,6 +25,7 @@ import secrets
 import stat
 import struct
 import time
+import weakref
 import zlib
 from enum import IntEnum
 from pathlib import Path
@@ -495,7 +496,7 @@ def _is_kept(fd: int, path: Path) -> bool:
 class Presence:
     """A client's proof of life: a small file beside the pool, locked until `close` or the process's death.
 
-    A process forked from the client shares the lock; clients are made after forking.
+    A process forked from the client gives its copy of the descriptor up at once: only the client's own life counts.
     """
 
     def __init__(self, pool_path: Path, client_id: str) -> None:
@@ -507,11 +508,31 @@ class Presence:
             raise PoolError(f"cannot create {self._path}: {exc.strerror}") from exc
         if is_shared:
             os.fchmod(self._fd, 0o644)  # the pool is shared between users: a server of another one asks for this lock
+        self._is_anothers = False
+        _presences.add(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked process: the lock and the file are the parent's, and stay."""
+        self._is_anothers = True
+        os.close(self._fd)
 
     def close(self) -> None:
         """Give the lock up and remove the file."""
-        self._path.unlink(missing_ok=True)
-        os.close(self._fd)
+        _presences.discard(self)
+        if not self._is_anothers:
+            self._path.unlink(missing_ok=True)
+            os.close(self._fd)
+
+
+_presences: weakref.WeakSet[Presence] = weakref.WeakSet()
+
+
+def _leave_presences_to_parent() -> None:
+    for presence in _presences:
+        presence.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_presences_to_parent)
 
 
 class PoolView:

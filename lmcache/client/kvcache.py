@@ -507,6 +507,7 @@ class KVCacheClient:
 
     def _hold(self) -> Attachment:
         """The current introduction, acquired: a heartbeat that fails meanwhile cannot close it."""
+        self.mq.check_open()
         attachment = self.attach()
         while not attachment.try_acquire():
             attachment = self.attach()
@@ -632,6 +633,8 @@ class KVCacheClient:
 
     def _retire(self, attachment: Attachment) -> None:
         """End an introduction that is of no more use; while we leave it is `close` who ends it, with a goodbye."""
+        if self.mq.is_anothers:
+            return
         with self._lock:
             if self._attachment is attachment and not self._is_leaving:
                 self._attachment = None
@@ -815,8 +818,11 @@ class KVCacheClient:
         While something may still be written to a reserved place (a store that does not end in time, or never), all stay ours:
         the server frees them when the last one is given back, or this process has ended.
 
-        Any thread, the heartbeat's too: as a finalizer it runs in whichever one garbage collection begins.
+        Any thread, the heartbeat's too: as a finalizer it runs in whichever one garbage collection begins. In a process forked
+        from the client's there is nothing to leave.
         """
+        if self.mq.is_anothers:
+            return
         with self._pause:
             self._is_leaving = True
             self._pause.notify_all()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import socket
 import threading
 import time
@@ -296,9 +297,17 @@ class _Sockets:
     def __init__(self) -> None:
         self.in_use: set[int] = set()
         self.is_ended = False
+        self._process_id = os.getpid()
         self._lock = threading.RLock()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._opened: dict[zmq.Socket[bytes], int] = {}  # the thread that each belongs to
+
+    @property
+    def are_anothers(self) -> bool:
+        """Whether this process was forked from the one that they work in. Nothing of theirs may be touched then: the
+        I/O thread is not there, nor whoever holds the lock.
+        """
+        return os.getpid() != self._process_id
 
     def open(self, url: str) -> zmq.Socket[bytes]:
         """Return a new socket.
@@ -315,6 +324,8 @@ class _Sockets:
         raise UnreachableError(f"the client of {url} is closed")
 
     def close(self, opened: zmq.Socket[bytes]) -> None:
+        if self.are_anothers:
+            return
         with self._lock:
             opened.close()
             self._opened.pop(opened, None)
@@ -325,6 +336,8 @@ class _Sockets:
         Only a thread of its own waits for the context, after `end_seconds`: that has not ended while a socket is open, or the
         system looks for an address.
         """
+        if self.are_anothers:
+            return
         self.is_ended = True
         give_up_at = time.monotonic() + leave_seconds
         while self._others_in_use() and time.monotonic() < give_up_at:
@@ -380,11 +393,18 @@ class MessageQueueClient:
         with self._channel():
             pass
 
+    @property
+    def is_anothers(self) -> bool:
+        """Whether this process was forked from the one that made it."""
+        return self._sockets.are_anothers
+
     def check_open(self) -> None:
         """Return if the calling thread may use this client.
 
-        Raises: UnreachableError when it is closed, or another thread is closing it.
+        Raises: UnreachableError when it is closed, another thread is closing it, or this process was forked from its own.
         """
+        if self.is_anothers:
+            raise UnreachableError(f"the client of {self.url} belongs to the process that this one was forked from")
         if self._usable_by is not None and self._usable_by != threading.get_ident():
             raise UnreachableError(f"the client of {self.url} is closed")
 
