@@ -5,6 +5,7 @@ import selectors
 import socket
 import struct
 import threading
+import time
 from types import TracebackType
 
 STOP_SECONDS = 60.0
@@ -52,6 +53,8 @@ class TcpProxy:
         self._speaker: socket.socket | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._stranding = threading.Event()
+        self._stranded: list[socket.socket] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="test-tcp-proxy")
 
@@ -61,8 +64,25 @@ class TcpProxy:
         self.hold.clear()
         self.drip.clear()
 
+    def strand(self) -> None:
+        """Let the connections that there are be silent for ever, and stay open: their host is gone without a word."""
+        self._stranding.set()
+        deadline = time.monotonic() + STOP_SECONDS
+        while self._stranding.is_set():
+            assert time.monotonic() < deadline
+            time.sleep(POLL_SECONDS)
+
+    def _strand(self) -> None:
+        for key in list(self._selector.get_map().values()):
+            if key.data is not None:
+                self._selector.unregister(key.fileobj)
+                self._stranded.append(key.fileobj)
+        self._stranding.clear()
+
     def _run(self) -> None:
         while not self._stop.is_set():
+            if self._stranding.is_set():
+                self._strand()
             for key, _ in self._selector.select(POLL_SECONDS):
                 sock = key.fileobj
                 assert isinstance(sock, socket.socket)
@@ -70,9 +90,10 @@ class TcpProxy:
                     self._accept()
                 elif sock.fileno() >= 0:  # not closed a moment ago
                     self._pump(key.data, sock)
-        for key in list(self._selector.get_map().values()):
+        self._strand()
+        for sock in (*self._stranded, self._listener):
             with contextlib.suppress(OSError):
-                key.fileobj.close()
+                sock.close()
         self._selector.close()
 
     def _accept(self) -> None:

@@ -30,6 +30,16 @@ GREETING_SECONDS = 0.2
 CONNECT_TIMEOUT_SECONDS = 2.0
 RECONNECT_FIRST_MS = 50
 RECONNECT_MAX_MS = 1000
+# Of a host that went away without a word TCP tells nothing for a quarter of an hour. So libzmq asks for a sign of life this
+# often, and connects anew when none has come for so long: a frozen server gives none, nor a chunk that is not yet whole, which
+# must not take longer (32 MiB at 1.1 MB/s). The server hangs up on a client of which it hears nothing for the last of these.
+PING_MS = 5_000
+PING_TIMEOUT_MS = 30_000
+PING_TTL_MS = 60_000
+# Where nothing is under way: probes that the peer's kernel answers, also for a frozen server.
+KEEPALIVE_IDLE_SECONDS = 15
+KEEPALIVE_INTERVAL_SECONDS = 5
+KEEPALIVE_PROBES = 4
 # A thread that waits looks this often whether its client is being closed.
 WAKE_MS = 100
 # Then it leaves its call. A closed socket under a thread that is still in one would make libzmq abort the process.
@@ -158,6 +168,13 @@ class _Channel:
         self._socket.reconnect_ivl_max = RECONNECT_MAX_MS
         self._socket.connect_timeout = int(CONNECT_TIMEOUT_SECONDS * 1000)
         self._socket.maxmsgsize = MAX_CHUNK_BYTES
+        self._socket.heartbeat_ivl = PING_MS
+        self._socket.heartbeat_timeout = PING_TIMEOUT_MS
+        self._socket.heartbeat_ttl = PING_TTL_MS
+        self._socket.tcp_keepalive = 1
+        self._socket.tcp_keepalive_idle = KEEPALIVE_IDLE_SECONDS
+        self._socket.tcp_keepalive_intvl = KEEPALIVE_INTERVAL_SECONDS
+        self._socket.tcp_keepalive_cnt = KEEPALIVE_PROBES
         try:
             self._socket.connect(self.url)
         except zmq.ZMQError as exc:

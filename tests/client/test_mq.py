@@ -16,6 +16,7 @@ from lmcache.protocol import Clear, ErrorInfo, GetChunkSize, Noop, NoopReply, Re
 from tests.fakes import Proxy, ScriptedPeer, reply_of, seconds
 from tests.pools import server_in, wait_until
 from tests.server_process import free_port
+from tests.tcp_proxy import TcpProxy
 
 
 @pytest.fixture
@@ -105,6 +106,26 @@ def test_a_server_that_comes_later_is_found_within_the_deadline(tmp_path):
             mq.call(Noop(), timeout_seconds=0.1)
         with server_in(tmp_path, port=port):
             assert mq.call(GetChunkSize(), timeout_seconds=60).chunk_size == 16
+
+
+def test_a_server_that_is_gone_without_a_word_is_found_again_at_its_address(server, monkeypatch):
+    monkeypatch.setattr(client_mq, "PING_MS", 100)
+    monkeypatch.setattr(client_mq, "PING_TIMEOUT_MS", 1000)
+    with (
+        TcpProxy(int(server.endpoints.zmq.rpartition(":")[2])) as proxy,
+        MessageQueueClient(f"tcp://127.0.0.1:{proxy.port}") as mq,
+    ):
+        mq.call(Noop())
+        proxy.strand()
+
+        def is_answered() -> bool:
+            with contextlib.suppress(UnreachableError):
+                mq.call(Noop(), timeout_seconds=1)
+                return True
+            return False
+
+        assert not is_answered()
+        wait_until(is_answered, "another connection")
 
 
 def test_a_late_reply_goes_to_whom_it_was_promised_and_disturbs_no_other_request(server):
