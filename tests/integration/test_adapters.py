@@ -1,7 +1,9 @@
 """The adapters behind vLLM's own connector class, called as it calls them, with a real server."""
 
+import gc
 import random
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -362,3 +364,14 @@ def test_without_a_server_nothing_is_waited_for(monkeypatch, tmp_path):
             engine.scheduler.end_session("c")
     finally:
         server.close()
+
+
+def test_a_schedulers_adapter_that_nobody_uses_any_more_leaves_the_server(server):
+    """The class tells it nothing of the end, and a process may make one engine after the other."""
+    adapter = LMCacheMPSchedulerAdapter(server_url=server.zmq_url, vllm_block_size=BLOCK_SIZE)
+    heartbeat = adapter._client._heartbeat
+    wait_until(lambda: server.status()["clients"], "it is introduced")
+    kept = weakref.ref(adapter)
+    del adapter
+    wait_until(lambda: gc.collect() >= 0 and kept() is None, "it is freed")  # a heartbeat may be asking for workers
+    wait_until(lambda: not server.status()["clients"] and not heartbeat.is_alive(), "it has left")

@@ -18,10 +18,10 @@ Source: vLLM 0.32, vllm/distributed/kv_transfer/kv_connector/v1/lmcache_mp_conne
 
 from __future__ import annotations
 
-import atexit
 import os
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -132,12 +132,13 @@ class LMCacheMPSchedulerAdapter:
             heartbeat=True,
             heartbeat_seconds=config.heartbeat_seconds,
             software=software("LMCacheMPConnectorUpstream"),
-            on_beat=self._find_workers,
+            on_beat=_call_weakly(self._find_workers),
         )
         self._client.mq.connect()
         # The class's operations have no room for places: its workers ask for themselves.
         self._half = SchedulerHalf(self._client, passes_places=False, lookup_timeout_seconds=config.lookup_timeout_seconds)
-        atexit.register(self._half.close)  # the class tells the scheduler's adapter nothing of the end
+        # The class tells the scheduler's adapter nothing of the end: it is that of the adapter, or the process's.
+        weakref.finalize(self, self._half.close)
         logger.info("KV cache server: %s", config.url)
 
     def _find_workers(self, client: KVCacheClient) -> None:
@@ -225,6 +226,18 @@ class LMCacheMPSchedulerAdapter:
 
     def report_block_allocations(self, records: Sequence[Any]) -> None:
         """Return: what vLLM does with its own blocks is not needed here."""
+
+
+def _call_weakly(method: Callable[[KVCacheClient], None]) -> Callable[[KVCacheClient], None]:
+    """Return what calls a method as long as its object lives, and does not keep it alive."""
+    find = weakref.WeakMethod(method)
+
+    def call(client: KVCacheClient) -> None:
+        found = find()
+        if found is not None:
+            found(client)
+
+    return call
 
 
 class LMCacheMPWorkerAdapter:
