@@ -104,6 +104,7 @@ BROAD_EXCEPTS = {
     ("cli/prompts.py", "load_tokenizer"),  # the tokenizers library raises bare Exception
     ("cli/commands/bench/engine.py", "run_vllm"),  # vLLM's benchmark raises and exits as it likes
     ("integration/vllm/worker.py", "register"),  # an engine that we do not understand serves on without us
+    ("integration/vllm/background.py", "_run"),  # vLLM must get back the blocks that wait to be stored
     ("integration/vllm/worker.py", "_begin_load"),  # vLLM must hear which blocks are not filled
     ("integration/vllm/worker.py", "_settle"),  # the same
     ("integration/vllm/worker.py", "_store_job"),  # a store that fails is a chunk that is not there next time

@@ -48,7 +48,7 @@ class BackgroundStores:
 
     Args:
         store: carries out one job; it raises nothing and looks at `is_cancelled` before each piece that it reads.
-        prepare_thread: called in the thread before the first job; it raises nothing.
+        prepare_thread: called in the thread before the first job; where it fails nothing is stored.
     """
 
     def __init__(self, store: Callable[[StoreJob], None], prepare_thread: Callable[[], None] = lambda: None) -> None:
@@ -60,6 +60,7 @@ class BackgroundStores:
         self._open_up_to = 0
         self._changed = threading.Condition()
         self._is_closing = False
+        self._failure = ""
         self._log = RateLimitedLog(logger)
         self._thread = threading.Thread(target=self._run, name="lmcache-store", daemon=True)
         self._thread.start()
@@ -70,14 +71,16 @@ class BackgroundStores:
         with self._changed:
             self._last_plan = plan_number
             for span in spans:
-                if self._num_pending_chunks + span.num_chunks > MAX_PENDING_CHUNKS and self._jobs:
+                is_full = self._num_pending_chunks + span.num_chunks > MAX_PENDING_CHUNKS and bool(self._jobs)
+                if is_full or self._failure:
                     num_dropped += span.num_chunks
                     continue
                 self._jobs.append(StoreJob(plan_number, span, fence))
                 self._num_pending_chunks += span.num_chunks
             self._changed.notify()
         if num_dropped:
-            self._log.warning("dropped", f"stores do not keep up: {num_dropped} chunks were not stored")
+            reason = self._failure or "stores do not keep up"
+            self._log.warning("dropped", f"{reason}: {num_dropped} chunks were not stored")
 
     @property
     def is_gated(self) -> bool:
@@ -125,7 +128,11 @@ class BackgroundStores:
                 job.is_cancelled = True
 
     def _run(self) -> None:
-        self._prepare_thread()
+        try:
+            self._prepare_thread()
+        except Exception as exc:  # vLLM must get back the blocks of ended requests that wait to be stored
+            self._give_up(exc)
+            return
         while True:
             with self._changed:
                 while (wait_seconds := self._seconds_to_wait()) > 0:
@@ -138,6 +145,14 @@ class BackgroundStores:
             with self._changed:
                 self._jobs.popleft()
                 self._num_pending_chunks -= job.span.num_chunks
+
+    def _give_up(self, exc: Exception) -> None:
+        """Drop what is queued, and what will be."""
+        logger.error("the engine stores nothing: %s", exc, exc_info=exc)
+        with self._changed:
+            self._failure = f"the store thread could not begin ({exc})"
+            self._jobs.clear()
+            self._num_pending_chunks = 0
 
     def _seconds_to_wait(self) -> float:
         """Return how long there is nothing to do; 0 for the first job, or for the end."""
