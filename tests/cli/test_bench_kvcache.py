@@ -237,6 +237,22 @@ def test_kept_chunks_that_are_gone_are_no_success(server):
     document = bench(server, "--verify-only", "--reuse", kept, code=1)
     assert document["error"]["code"] == "missing"
     assert only_run(document)["correctness"]["missing"] == 64
+    assert only_run(document)["kept"] is None
+    assert (
+        "to check it again"
+        not in run_lmcache("bench", "kvcache", "--verify-only", "--reuse", kept, "--url", server.zmq_url).stdout
+    )
+
+
+def test_a_working_set_of_which_a_part_was_evicted_is_not_verified(server):
+    document = bench(server, *SMALL_CHECK, "--working-set", "128MiB", "--verify-only", code=4)
+    correctness = only_run(document)["correctness"]
+    assert correctness["missing"] > 0
+    assert correctness["ok"] + correctness["missing"] == 2048
+    message = f"{correctness['missing']} of 2048 chunks were evicted before they were read"
+    assert (document["error"]["code"], document["error"]["message"]) == ("inconclusive", message)
+    assert "use a smaller --working-set" in document["error"]["hint"]
+    assert server.status()["l1"]["chunks"] == 0
 
 
 def test_a_cache_that_survived_its_server_is_verified():

@@ -52,7 +52,7 @@ from lmcache.cli.commands.bench.workload import (
 )
 from lmcache.cli.output import format_bytes, percentile
 from lmcache.client.mq import MessageQueueClient, check_reachable
-from lmcache.errors import LMCacheError, RemoteError, UnreachableError, UsageError
+from lmcache.errors import InconclusiveError, LMCacheError, RemoteError, UnreachableError, UsageError
 from lmcache.protocol import MAX_CHUNK_BYTES, MAX_CHUNKS, PROTOCOL_VERSION, Status
 
 GB = 10**9
@@ -179,6 +179,11 @@ class BenchRun(msgspec.Struct, kw_only=True):
                 f"{correct.missing} chunks are not there, and nothing was evicted in this run",
                 "were they cleared or evicted, or was the pool not kept, since they were stored?",
                 "missing",
+            )
+        if self.settings["verify_only"] and correct.missing:
+            return InconclusiveError(
+                f"{correct.missing} of {correct.ok + correct.missing} chunks were evicted before they were read",
+                "use a smaller --working-set, or a larger --l1-size-gb",
             )
         if self.settings["verify_only"] and not correct.ok:
             return LMCacheError("nothing was verified: no chunk was found", "use a smaller --working-set", "vacuous")
@@ -579,7 +584,7 @@ def _figures(
         missing_explained=False,
         counter_checks={},
         removed_chunks=removed,
-        kept=str(KeptSet(workload, num_prompts)) if settings.keep else None,
+        kept=str(KeptSet(workload, num_prompts)) if settings.keep and not _is_gone(reports) else None,
         notes=[],
     )
     _compare_with_server(run, reports, at_start, before, after)
@@ -687,6 +692,12 @@ def _total_correctness(reports: Sequence[LaneReport]) -> Correctness:
         missing=sum(part.missing for part in parts),
         bad_chunks=[chunk for part in parts for chunk in part.bad_chunks],
     )
+
+
+def _is_gone(reports: Sequence[LaneReport]) -> bool:
+    """Whether every worker looked, and none found a chunk."""
+    found, failures = _total_correctness(reports), _total_failures(reports)
+    return bool(found.missing) and not (found.ok or found.bad or failures.by_code or refusals(reports))
 
 
 def _total_failures(reports: Sequence[LaneReport]) -> Failures:
