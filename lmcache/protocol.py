@@ -468,6 +468,7 @@ class TierRemoval(Struct, frozen=True, kw_only=True):
 class RemovalReply(Reply):
     """What a CLEAR or EVICT removed from L1 (with `dry_run`: would remove) and what it kept because it is pinned.
 
+    `remaining_objects`: entries not looked at when its time was up; the server goes on with them, except in a dry run.
     `tiers`: what a CLEAR of L2 removed, one entry for each tier.
     """
 
@@ -475,6 +476,7 @@ class RemovalReply(Reply):
     removed_bytes: int = 0
     kept_objects: int = 0
     kept_bytes: int = 0
+    remaining_objects: int = 0
     seconds: float = 0.0
     tiers: list[TierRemoval] = []
 
@@ -488,7 +490,7 @@ class ClearTier(str, enum.Enum):
 
 
 class Clear(Request[RemovalReply], tag="CLEAR"):
-    """Removes everything that is not pinned; `force` waits for pins, a clear of L2 for its tiers, until `timeout_seconds`."""
+    """Removes everything that is not pinned; waits for that, with `force` for pins, and for tiers, until `timeout_seconds`."""
 
     reply_type = RemovalReply
     dry_run: bool = False
@@ -506,6 +508,7 @@ class Evict(Request[RemovalReply], tag="EVICT"):
     ratio: Ratio | None = None
     model: Name | None = None
     older_than_seconds: Seconds | None = None
+    timeout_seconds: Seconds = 4.0
 
 
 REQUESTS: dict[str, type[Request[Any]]] = {

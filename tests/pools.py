@@ -70,7 +70,7 @@ def open_manager(
     *,
     watermark: float = 1.0,
     ratio: float = 0.05,
-    on_removed: Callable[[RemovalReason, int], None] = lambda reason, num_bytes: None,
+    on_removed: Callable[[RemovalReason, int, int], None] = lambda reason, num_chunks, num_bytes: None,
 ) -> StorageManager:
     """A manager whose whole pool is resident. At a watermark of 1 only demand evicts."""
     manager = StorageManager(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import os
 import secrets
 import signal
@@ -201,7 +202,7 @@ def _run_on(
             policy_name=config.storage.eviction_policy,
             high_watermark_ratio=config.storage.eviction_watermark,
             eviction_ratio=config.storage.eviction_ratio,
-            on_removed=lambda reason, num_bytes: _count_removed(metrics, reason, num_bytes),
+            on_removed=functools.partial(_count_removed, metrics),
         )
     except OSError as exc:
         raise PoolSizeError(f"cannot allocate the pool {pool.path}: {exc.strerror}", "use a smaller --l1-size-gb") from exc
@@ -228,8 +229,8 @@ def _run_on(
     return RunningServer(endpoints, service, owner, http, metrics_server, config.storage.l2_drain_seconds)
 
 
-def _count_removed(metrics: Metrics, reason: RemovalReason, num_bytes: int) -> None:
-    metrics.count("lmcache_evicted_chunks", reason.value)
+def _count_removed(metrics: Metrics, reason: RemovalReason, num_chunks: int, num_bytes: int) -> None:
+    metrics.count("lmcache_evicted_chunks", reason.value, by=num_chunks)
     metrics.count("lmcache_evicted_bytes", reason.value, by=num_bytes)
 
 

@@ -78,7 +78,7 @@ from lmcache.protocol import (
     decode_request,
 )
 from lmcache.server.sessions import Client, LookupPins, Sessions
-from lmcache.storage.manager import Removal, RemovalReason, Selection, StorageManager
+from lmcache.storage.manager import MAX_ENTRIES_PER_SLICE, Removal, RemovalReason, Selection, StorageManager, Sweep
 from lmcache.storage.promotion import Found
 from lmcache.storage.tiers import Clearing, Tiers
 
@@ -98,7 +98,7 @@ FOREIGN = ("version_mismatch", "bad_header")
 # A lookup is answered within this share of the time that its sender waits.
 TIMEOUT_SHARE = 0.75
 # Both are only there so that no sequence of good requests makes the server grow without end.
-MAX_PENDING_CLEARS = 64
+MAX_PENDING_REMOVALS = 64
 # Some 0.2 s of the owner's time.
 MAX_DELETED_VALUES = 1 << 18
 MAX_MODELS = 1024
@@ -154,16 +154,19 @@ class PendingLookup(msgspec.Struct, eq=False):
     is_abandoned: bool = False
 
 
-class PendingClear(msgspec.Struct):
-    """A CLEAR that waits: with `force` for pins, with tiers for what moves and for the tiers.
+class PendingRemoval(msgspec.Struct):
+    """A CLEAR or EVICT under way: through L1 once, then with `force` for pins, with tiers for what moves and for the tiers.
 
-    `removal` is None until it has begun. What it kept then is removed later; what was stored since is not its business.
+    `sweep` is None where L1 is left alone. What it kept is removed later; what was stored since is not its business. One that
+    `is_answered` because its time was up only goes on until it `is_swept`.
     """
 
-    request: Clear
+    request: Clear | Evict
     pending: Pending
-    removal: Removal | None = None
+    sweep: Sweep | None = None
     clearing: Clearing | None = None
+    is_swept: bool = False
+    is_answered: bool = False
 
 
 class CacheService:
@@ -205,7 +208,7 @@ class CacheService:
         self._versions = versions
         self._started_at = time.monotonic()
         self._models: dict[int, Model] = {}
-        self._pending_clears: list[PendingClear] = []
+        self._removals: list[PendingRemoval] = []
         self._pending_lookups: list[PendingLookup] = []
         self._orphans = storage.l1.reservations()
         self._log = RateLimitedLog(logger)
@@ -239,8 +242,6 @@ class CacheService:
             Put: self._put,
             Get: self._get,
             Status: self._status,
-            Evict: self._evict,
-            Clear: self._clear,
         }
 
     # -- one request --------------------------------------------------------------------------------------------------
@@ -270,11 +271,11 @@ class CacheService:
             self._send(op, self._error(error), respond, started_at)
 
     def _answers_later(self, request: Request[Any], payload: Payload, pending: Pending) -> bool:
-        """Begin what must wait for pins or tiers; True when the reply has come or will come from there."""
+        """Begin what may take long, or must wait for pins or tiers; True when the reply has come or will come from there."""
         if isinstance(request, Lookup) and self.tiers is not None:
             return self._begin_lookup(self.tiers, request, payload, pending)
-        if isinstance(request, Clear) and not request.dry_run and (request.force or self.tiers is not None):
-            self._begin_clear(PendingClear(request, pending))
+        if isinstance(request, Clear | Evict):
+            self._begin_removal(request, payload, pending)
             return True
         return False
 
@@ -730,8 +731,7 @@ class CacheService:
 
     # -- removing -----------------------------------------------------------------------------------------------------
 
-    def _evict(self, request: Evict, payload: Payload) -> Answer:
-        started_at = time.monotonic()
+    def _begin_evict(self, removal: PendingRemoval, request: Evict, payload: Payload) -> None:
         keys = _keys(payload)[0] if payload else None
         capacity = self._pool.header.capacity_bytes
         bounds = [
@@ -749,9 +749,7 @@ class CacheService:
         )
         if self.tiers is not None and keys is not None and not request.dry_run:
             self.tiers.delete(keys, self._ranks_in_tiers(len(keys) // KEY_BYTES))
-        removal = self.storage.remove(selection, RemovalReason.REQUEST, request.dry_run)
-        self._unchecked = True
-        return Answer(_removal_reply(removal, started_at))
+        removal.sweep = self.storage.begin_removal(selection, RemovalReason.REQUEST, request.dry_run)
 
     def _ranks_in_tiers(self, num_keys: int) -> list[int]:
         """Return whose chunks the tiers may have: of ranks that stored here, and of all of each engine that was seen."""
@@ -769,58 +767,78 @@ class CacheService:
             raise RemoteError(f"no engine registered model {model!r}", f"registered: {known}", "unknown_model")
         return ids
 
-    def _clear(self, request: Clear, payload: Payload) -> Answer:
-        started_at = time.monotonic()
-        removal = Removal()
+    def _begin_clear(self, removal: PendingRemoval, request: Clear) -> None:
+        if self.tiers is not None and not request.dry_run:
+            if request.tier is ClearTier.L1:
+                self.tiers.stop_moving()
+            else:
+                removal.clearing = self.tiers.clear(keeps_l1=request.tier is ClearTier.L2)
         if request.tier is not ClearTier.L2:
-            removal = self.storage.remove(Selection(), RemovalReason.CLEAR, request.dry_run)
+            removal.sweep = self.storage.begin_removal(Selection(), RemovalReason.CLEAR, request.dry_run)
+
+    def _begin_removal(self, request: Clear | Evict, payload: Payload, pending: Pending) -> None:
+        if len(self._removals) >= MAX_PENDING_REMOVALS:
+            raise RemoteError(f"{MAX_PENDING_REMOVALS} evictions and clears are under way already", "try again later", "busy")
+        removal = PendingRemoval(request, pending)
+        if isinstance(request, Clear):
+            self._begin_clear(removal, request)
+        else:
+            self._begin_evict(removal, request, payload)
+        if self._advance(removal, MAX_ENTRIES_PER_SLICE):
+            self._removals.append(removal)
+        self._note_removals()
+
+    def _continue_removals(self) -> None:
+        """Remove a slice, shared among all that are under way; answer those that are done, or whose time is up."""
+        share = MAX_ENTRIES_PER_SLICE // len(self._removals)
+        self._removals = [removal for removal in self._removals if self._advance(removal, share)]
+        self._note_removals()
+
+    def _note_removals(self) -> None:
         self._unchecked = True
-        reply = _removal_reply(removal, started_at)
-        if self.tiers is not None and request.tier is not ClearTier.L1:
+        if self.tiers is not None:
+            self.tiers.is_l1_being_cleared = any(isinstance(r.request, Clear) and _is_sweeping(r) for r in self._removals)
+
+    def _advance(self, removal: PendingRemoval, max_entries: int) -> bool:
+        """Remove a slice, and answer when it is time; False when nothing is left to do."""
+        if removal.sweep is not None:
+            if removal.is_swept:
+                removal.sweep.begin_again()
+            self.storage.advance(removal.sweep, max_entries)
+            removal.is_swept = removal.is_swept or not removal.sweep.num_left
+        must_wait = self._must_wait(removal)
+        waited = time.monotonic() - removal.pending.started_at
+        if not removal.is_answered and (not must_wait or waited >= removal.request.timeout_seconds):
+            removal.is_answered = True
+            self._finish(removal.pending, functools.partial(self._removal_answer, removal))
+        return must_wait and (not removal.is_answered or (_is_sweeping(removal) and not removal.request.dry_run))
+
+    def _must_wait(self, removal: PendingRemoval) -> bool:
+        """Whether more would go if it had time."""
+        if _is_sweeping(removal) or (removal.clearing is not None and not removal.clearing.is_done):
+            return True
+        if removal.sweep is None or not removal.sweep.removal.kept_objects:
+            return False
+        if isinstance(removal.request, Evict) or removal.request.dry_run:
+            return False
+        return removal.request.force or (self.tiers is not None and self.tiers.num_moving > 0)
+
+    def _removal_answer(self, removal: PendingRemoval) -> Answer:
+        done = Removal() if removal.sweep is None else removal.sweep.removal
+        request = removal.request
+        reply = RemovalReply(
+            objects=done.objects,
+            removed_bytes=done.removed_bytes,
+            kept_objects=done.kept_objects,
+            kept_bytes=done.kept_bytes,
+            remaining_objects=removal.sweep.num_left if removal.sweep is not None and _is_sweeping(removal) else 0,
+            seconds=time.monotonic() - removal.pending.started_at,
+        )
+        if removal.clearing is not None:
+            reply.tiers = list(removal.clearing.removals)
+        elif self.tiers is not None and isinstance(request, Clear) and request.dry_run and request.tier is not ClearTier.L1:
             reply.tiers = self.tiers.would_remove()
         return Answer(reply)
-
-    def _begin_clear(self, clear: PendingClear) -> None:
-        if len(self._pending_clears) >= MAX_PENDING_CLEARS:
-            raise RemoteError(f"{MAX_PENDING_CLEARS} clears are under way already", "try again later", "busy")
-        if self.tiers is not None and clear.request.tier is ClearTier.L1:
-            self.tiers.stop_moving()
-        elif self.tiers is not None:
-            clear.clearing = self.tiers.clear(keeps_l1=clear.request.tier is ClearTier.L2)
-        self._pending_clears.append(clear)
-        self._continue_clears()
-
-    def _continue_clears(self) -> None:
-        """Remove what became unpinned; answer those that need not wait, or whose time is up."""
-        still_pending = []
-        for clear in self._pending_clears:
-            clear.removal = self._remove_more(clear)
-            waited = time.monotonic() - clear.pending.started_at
-            if waited < clear.request.timeout_seconds and self._must_wait(clear):
-                still_pending.append(clear)
-            else:
-                self._finish(clear.pending, functools.partial(_clear_answer, clear))
-        self._pending_clears = still_pending
-        self._unchecked = True
-
-    def _remove_more(self, clear: PendingClear) -> Removal:
-        """Remove from L1 what a clear wants gone and may have now; return all that it has removed, and keeps."""
-        before = clear.removal or Removal()
-        if clear.request.tier is ClearTier.L2:
-            return before
-        wanted = Selection() if clear.removal is None else Selection(keys=bytes(before.kept_keys))
-        removed = self.storage.remove(wanted, RemovalReason.CLEAR, dry_run=False)
-        removed.objects += before.objects
-        removed.removed_bytes += before.removed_bytes
-        return removed
-
-    def _must_wait(self, clear: PendingClear) -> bool:
-        """Whether more would go if the clear had time."""
-        if clear.clearing is not None and not clear.clearing.is_done:
-            return True
-        if clear.removal is None or not clear.removal.kept_objects:
-            return False
-        return clear.request.force or (self.tiers is not None and self.tiers.num_moving > 0)
 
     # -- time passes --------------------------------------------------------------------------------------------------
 
@@ -844,13 +862,13 @@ class CacheService:
             self.storage.run_pass()
             if self.tiers is not None:
                 self.tiers.tick()
-            if self._pending_clears:
-                self._continue_clears()
+            if self._removals:
+                self._continue_removals()
             now = time.monotonic()
             if now - self._clients_checked_at >= CLIENT_CHECK_SECONDS:
                 self._clients_checked_at = now
                 self._check_clients()
-            if self._unchecked and now - self._last_request_at > IDLE_CHECK_SECONDS:
+            if self._unchecked and not self._removals and now - self._last_request_at > IDLE_CHECK_SECONDS:
                 self._unchecked = False
                 self._check_accounting()
             if 0 < self._status_interval_seconds <= now - self._status_logged_at:
@@ -859,9 +877,9 @@ class CacheService:
             self._maintenance_error = ""
         except Exception as exc:  # the loop must live on, and health must say what does not work
             self._note_maintenance_error(exc)
-        is_busy = (
-            self.storage.wants_pass_soon or self._pending_clears or (self.tiers is not None and self.tiers.wants_tick_soon)
-        )
+        if not self._maintenance_error and any(_is_sweeping(removal) for removal in self._removals):
+            return 0.0
+        is_busy = self.storage.wants_pass_soon or self._removals or (self.tiers is not None and self.tiers.wants_tick_soon)
         return BUSY_PASS_SECONDS if is_busy else PASS_SECONDS
 
     def _note_maintenance_error(self, exc: Exception) -> None:
@@ -1057,17 +1075,6 @@ def _keys(payload: Payload) -> tuple[bytes, int]:
     return bytes(payload[0]), num_chunks
 
 
-def _clear_answer(clear: PendingClear) -> Answer:
-    reply = _removal_reply(clear.removal or Removal(), clear.pending.started_at)
-    reply.tiers = [] if clear.clearing is None else list(clear.clearing.removals)
-    return Answer(reply)
-
-
-def _removal_reply(removal: Removal, started_at: float) -> RemovalReply:
-    return RemovalReply(
-        objects=removal.objects,
-        removed_bytes=removal.removed_bytes,
-        kept_objects=removal.kept_objects,
-        kept_bytes=removal.kept_bytes,
-        seconds=time.monotonic() - started_at,
-    )
+def _is_sweeping(removal: PendingRemoval) -> bool:
+    """Whether it has not come to the end of L1 yet."""
+    return removal.sweep is not None and not removal.is_swept

@@ -107,6 +107,11 @@ class L1Cache:
         """Pages that hold a committed chunk or are reserved for one."""
         return self.committed_pages + self.reserved_pages
 
+    @property
+    def last_commit(self) -> int:
+        """The highest `order` that a committed entry has; later commits get higher ones."""
+        return self._order
+
     def find_prefix(self, keys: bytes, world_size: int) -> list[int]:
         """Return the slots of the leading chunks that are committed for all ranks: chunk by chunk, rank by rank."""
         if world_size > len(self._ranks):
@@ -152,6 +157,10 @@ class L1Cache:
         """Return where a slot's chunk lies."""
         record = self.record(slot)
         return Placement(slot, record.offset, record.length, record.generation, record.checksum)
+
+    def is_committed(self, slot: int) -> bool:
+        """Whether the slot holds an entry that can be found."""
+        return bool(self._key_at[slot])
 
     def num_pages(self, slot: int) -> int:
         """Return the pages of a slot's extent."""

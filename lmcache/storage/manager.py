@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable
 from enum import Enum
 
 import msgspec
@@ -22,6 +23,8 @@ from lmcache.storage.residency import Residency
 
 # A periodic eviction pass frees at most this many chunks, so that no request waits long behind it (about 5 ms).
 MAX_EVICTED_PER_PASS = 512
+# So many entries a removal on request looks at before others have their turn: about 5 ms where all of them go.
+MAX_ENTRIES_PER_SLICE = 512
 # Only pools that hold chunks of several sizes compare at all; 16 runs of 128 small chunks take about 2 ms.
 MAX_RUNS_COMPARED = 16
 # The pool counts as unable to allocate when nothing of this size can be had.
@@ -38,13 +41,12 @@ class RemovalReason(str, Enum):
 
 
 class Removal(msgspec.Struct):
-    """What was removed, and what was kept because it is pinned: one key for each, in `kept_keys`."""
+    """What was removed, and what was kept because it is pinned."""
 
     objects: int = 0
     removed_bytes: int = 0
     kept_objects: int = 0
     kept_bytes: int = 0
-    kept_keys: bytearray = msgspec.field(default_factory=bytearray)
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +58,75 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     keys: bytes | None = None
 
 
+class Sweep:
+    """A removal under way: of what was committed when it began, a slice at a time, in policy order.
+
+    Args:
+        remove: removes an entry; None: a dry run, which only counts.
+    """
+
+    def __init__(self, l1: L1Cache, selection: Selection, remove: Callable[[int], None] | None) -> None:
+        self.removal = Removal()
+        self._l1 = l1
+        self._selection = selection
+        self._remove = remove
+        self._last_commit = l1.last_commit
+        # 0.13 s for a million entries.
+        self._slots = array("I", l1.policy.victims() if selection.keys is None else l1.find_all_ranks(selection.keys))
+        self._at = 0
+        self._kept: dict[int, int] = {}  # bytes of each
+
+    @property
+    def num_left(self) -> int:
+        """Entries that it has not come to yet."""
+        return len(self._slots) - self._at
+
+    def begin_again(self) -> None:
+        """Look once more at what was kept: it may not be pinned any more."""
+        self._slots, self._at = array("I", self._kept), 0
+
+    def step(self, max_entries: int) -> None:
+        """Look at so many entries."""
+        end = min(self._at + max_entries, len(self._slots))
+        while self._at < end:
+            if self._selection.max_bytes is not None and self.removal.removed_bytes >= self._selection.max_bytes:
+                self._at = len(self._slots)
+                break
+            slot = self._slots[self._at]
+            self._at += 1  # before: one that cannot be read must not be looked at for ever
+            self._look_at(slot)
+
+    def _look_at(self, slot: int) -> None:
+        l1, removal = self._l1, self.removal
+        if slot in self._kept:
+            if l1.is_pinned(slot):
+                return
+            removal.kept_objects -= 1
+            removal.kept_bytes -= self._kept.pop(slot)
+        length = self._selected_bytes(slot)
+        if length is None:
+            return
+        if l1.is_pinned(slot):
+            self._kept[slot] = length
+            removal.kept_objects += 1
+            removal.kept_bytes += length
+            return
+        if self._remove is not None:
+            self._remove(slot)
+        removal.objects += 1
+        removal.removed_bytes += length
+
+    def _selected_bytes(self, slot: int) -> int | None:
+        """The bytes of an entry; None when it is not selected, has gone, or is another one by now."""
+        ids, seconds = self._selection.namespace_ids, self._selection.older_than_seconds
+        if not self._l1.is_committed(slot) or (seconds is not None and self._l1.idle_seconds(slot) < seconds):
+            return None
+        record = self._l1.record(slot)
+        if record.order > self._last_commit or (ids is not None and record.namespace_id not in ids):
+            return None
+        return record.length
+
+
 class StorageManager:
     """L1 and the policy above it.
 
@@ -63,7 +134,7 @@ class StorageManager:
         pool: the pool file; its pages become resident from now on.
         high_watermark_ratio: share of the capacity in use above which chunks are evicted before anyone needs the room.
         eviction_ratio: share of the capacity that such a pass frees.
-        on_removed: told of each chunk that policy or a request removed, with its bytes.
+        on_removed: told how many chunks policy or a request removed, and their bytes: once for each store, pass or slice.
     """
 
     def __init__(
@@ -73,7 +144,7 @@ class StorageManager:
         policy_name: str,
         high_watermark_ratio: float,
         eviction_ratio: float,
-        on_removed: Callable[[RemovalReason, int], None] = lambda reason, num_bytes: None,
+        on_removed: Callable[[RemovalReason, int, int], None] = lambda reason, num_chunks, num_bytes: None,
     ) -> None:
         self.policy_name = policy_name
         self.l1 = L1Cache(pool, make_policy(policy_name))
@@ -84,6 +155,7 @@ class StorageManager:
         self._is_evicting = False
         self._is_blocked = False
         self._on_removed = on_removed
+        self._untold = dict.fromkeys(RemovalReason, (0, 0))
         # Set where there are tiers below: told of each slot that goes, and asked before one goes that nobody needs the room of.
         self.on_slot_removed: Callable[[int, RemovalReason], None] | None = None
         self.may_go: Callable[[int], bool] | None = None
@@ -118,6 +190,7 @@ class StorageManager:
                     placements.append(place)
             outcomes.append(outcome)
             parent = key
+        self._tell_removed()
         return outcomes, placements
 
     def _reserve_evicting(
@@ -184,6 +257,7 @@ class StorageManager:
                 if self.may_go is None or self.may_go(slot):
                     self._remove(slot, RemovalReason.WATERMARK)
                     evicted += 1
+            self._tell_removed()
             self._is_blocked = not evicted
             if not evicted:
                 self._is_evicting = False
@@ -206,33 +280,21 @@ class StorageManager:
 
     # -- removing on request ------------------------------------------------------------------------------------------
 
-    def remove(self, selection: Selection, reason: RemovalReason, dry_run: bool) -> Removal:
-        """Remove what is selected, in policy order."""
-        removal = Removal()
-        for slot in self._selected(selection):
-            if selection.max_bytes is not None and removal.removed_bytes >= selection.max_bytes:
-                break
-            record = self.l1.record(slot)
-            if self.l1.is_pinned(slot):
-                removal.kept_objects += 1
-                removal.kept_bytes += record.length
-                removal.kept_keys += record.key
-                continue
-            if not dry_run:
-                self._remove(slot, reason)
-            removal.objects += 1
-            removal.removed_bytes += record.length
-        return removal
+    def begin_removal(self, selection: Selection, reason: RemovalReason, dry_run: bool) -> Sweep:
+        """Return a removal of what is selected now, which `advance` carries out."""
+        return Sweep(self.l1, selection, None if dry_run else lambda slot: self._remove(slot, reason))
 
-    def _selected(self, selection: Selection) -> Iterator[int]:
-        slots = self.l1.policy.victims() if selection.keys is None else iter(self.l1.find_all_ranks(selection.keys))
-        ids, seconds = selection.namespace_ids, selection.older_than_seconds
-        for slot in slots:
-            if seconds is not None and self.l1.idle_seconds(slot) < seconds:
-                continue
-            if ids is not None and self.l1.record(slot).namespace_id not in ids:
-                continue
-            yield slot
+    def advance(self, sweep: Sweep, max_entries: int = MAX_ENTRIES_PER_SLICE) -> None:
+        """Do a slice of a removal."""
+        sweep.step(max_entries)
+        self._tell_removed()
+
+    def remove(self, selection: Selection, reason: RemovalReason, dry_run: bool) -> Removal:
+        """Remove what is selected, in policy order, however long it takes."""
+        sweep = self.begin_removal(selection, reason, dry_run)
+        while sweep.num_left:
+            self.advance(sweep)
+        return sweep.removal
 
     # -- health -------------------------------------------------------------------------------------------------------
 
@@ -266,4 +328,12 @@ class StorageManager:
     def _remove(self, slot: int, reason: RemovalReason) -> None:
         if self.on_slot_removed is not None:
             self.on_slot_removed(slot, reason)
-        self._on_removed(reason, self.l1.delete(slot))
+        num_chunks, num_bytes = self._untold[reason]
+        self._untold[reason] = (num_chunks + 1, num_bytes + self.l1.delete(slot))
+
+    def _tell_removed(self) -> None:
+        """Tell of all at once: to count each chunk by itself takes a third of the time that removing it takes."""
+        for reason, (num_chunks, num_bytes) in self._untold.items():
+            if num_chunks:
+                self._untold[reason] = (0, 0)
+                self._on_removed(reason, num_chunks, num_bytes)

@@ -78,6 +78,8 @@ class Tiers:
         self._presence = Presence(storage.l1.pool.path, self._owner.hex())
         self._promoter = Promoter(storage, self._tiers, config, metrics, self._owner, self._note_promoted)
         self._is_closed = False
+        # While a clear is at L1: the tiers may be empty already, and what it has not come to yet must not be written to them.
+        self.is_l1_being_cleared = False
         self._ahead: WriteAhead | None = None
         if config.write_on_evict:
             # Begins one pass below where eviction stops, and stays one pass ahead of it.
@@ -199,18 +201,21 @@ class Tiers:
 
     def collect(self) -> None:
         """See what the threads have done."""
-        if self._completions.collect() and self._ahead is not None:
-            self._ahead.offer_next()
+        if self._completions.collect():
+            self._write_ahead()
 
     def tick(self) -> None:
         """Do what is due: deadlines of lookups, probes, work for idle threads."""
         self.collect()
         self._promoter.tick()
-        if self._ahead is not None:
-            self._ahead.offer_next()
+        self._write_ahead()
         for tier, writeback in zip(self._tiers, self._writebacks, strict=True):
             tier.tick()
             writeback.dispatch()
+
+    def _write_ahead(self) -> None:
+        if self._ahead is not None and not self.is_l1_being_cleared:
+            self._ahead.offer_next()
 
     @property
     def wants_tick_soon(self) -> bool:
@@ -226,7 +231,7 @@ class Tiers:
             return
         deadline = time.monotonic() + drain_seconds
         self._promoter.cancel_all()
-        if self._ahead is not None and not self._storage.l1.pool.header.persistent:
+        if self._ahead is not None and not (self._storage.l1.pool.header.persistent or self.is_l1_being_cleared):
             self._ahead.offer_all()
         for writeback in self._writebacks:
             writeback.offer_rest()

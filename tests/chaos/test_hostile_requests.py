@@ -10,7 +10,7 @@ from lmcache.errors import RemoteError, UnreachableError
 from lmcache.keys import Namespace
 from lmcache.layout import KVLayout
 from lmcache.protocol import Clear, Commit, Evict, Get, Lookup, Noop, Placement, Store, StoreOutcome, encode
-from lmcache.server.service import MAX_MODELS, MAX_PENDING_CLEARS
+from lmcache.server.service import MAX_MODELS, MAX_PENDING_REMOVALS
 from tests.chaos.content import PAGE, chunk_key, chunk_keys, content
 from tests.chaos.waiting import wait_until
 from tests.fakes import PATIENCE_SECONDS
@@ -94,7 +94,7 @@ def test_clears_that_wait_for_a_pin_are_limited_and_keep_nobody_waiting(server, 
         with client.pin(chunk_key(0)):
             assert other.mq.call(Clear(force=True, timeout_seconds=0.2)).kept_objects == 1
             request = Clear(force=True, timeout_seconds=PATIENCE_SECONDS)
-            waiting = [other.mq.submit(request, may_wait=True) for _ in range(MAX_PENDING_CLEARS)]
+            waiting = [other.mq.submit(request, may_wait=True) for _ in range(MAX_PENDING_REMOVALS)]
             with pytest.raises(RemoteError, match="clears are under way already"):
                 other.mq.call(request)
             assert server.status()["healthy"]

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from lmcache.cli.commands.kvcache import removal_result
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.keys import chunk_keys
+from lmcache.protocol import RemovalReply
 from tests.cli.conftest import CHUNK_BYTES, MODEL, Cli, namespace
 from tests.server_process import LMCACHE, LmcacheServer, clean_environment, running_lmcache
 
@@ -50,6 +52,13 @@ def test_a_dry_run_removes_nothing(cli: Cli, keys: bytes, server: LmcacheServer)
     document = cli.json("kvcache", "clear", "--dry-run")
     assert (document["objects"], document["removed_bytes"], document["dry_run"]) == (8, 8 * CHUNK_BYTES, True)
     assert num_chunks(server) == 8
+
+
+def test_a_removal_that_goes_on_is_no_success():
+    result = removal_result("KV Cache Clear", RemovalReply(objects=5, remaining_objects=7), dry_run=False)
+    assert (result.document()["remaining_objects"], result.ok) == (7, False)
+    assert result.document()["error"]["message"] == "7 objects were not looked at yet"
+    assert "it goes on" in result.document()["error"]["hint"]
 
 
 def test_without_a_terminal_clear_wants_yes(cli: Cli, keys: bytes, server: LmcacheServer):

@@ -126,8 +126,8 @@ class ServiceHarness:
         storage._on_removed = self._count_removed
         self.clients: list[FakeClient] = []
 
-    def _count_removed(self, reason: Any, num_bytes: int) -> None:
-        self.metrics.count("lmcache_evicted_chunks", reason.value)
+    def _count_removed(self, reason: Any, num_chunks: int, num_bytes: int) -> None:
+        self.metrics.count("lmcache_evicted_chunks", reason.value, by=num_chunks)
         self.metrics.count("lmcache_evicted_bytes", reason.value, by=num_bytes)
 
     def client(self, mapped: bool = True, kind: str = "test") -> FakeClient:

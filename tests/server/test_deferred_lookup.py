@@ -7,7 +7,7 @@ import pytest
 
 from lmcache.metrics import Metrics
 from lmcache.pool import PAGE_BYTES
-from lmcache.protocol import Clear, EndSession, Evict, FreeLookupLocks, Lookup
+from lmcache.protocol import Clear, ClearTier, EndSession, Evict, FreeLookupLocks, Lookup
 from lmcache.server.service import Answer
 from lmcache.storage.l2.tier import TierConfig
 from lmcache.storage.tiers import NamedAdapter, Tiers
@@ -20,11 +20,11 @@ from tests.storage.tiered import name_of, put_value
 class Tiered:
     """A service with a fake tier, driven by the test."""
 
-    def __init__(self, harness: ServiceHarness) -> None:
+    def __init__(self, harness: ServiceHarness, **settings: object) -> None:
         self.harness = harness
         self.fake = FakeTier()
         harness.metrics = harness.service.metrics = Metrics(["fake"])
-        config = TierConfig(chunk_size=CHUNK_SIZE, lookup_timeout_seconds=60.0, inflight_ratio=1.0)
+        config = TierConfig(chunk_size=CHUNK_SIZE, lookup_timeout_seconds=60.0, inflight_ratio=1.0, **settings)
         adapters = [NamedAdapter("fake", "fake://", self.fake)]
         self.tiers = harness.service.tiers = Tiers(adapters, harness.storage, config, harness.metrics, lambda: None)
 
@@ -190,6 +190,26 @@ def test_a_clear_that_takes_too_long_says_so(tiered: Tiered):
     tiered.harness.pass_time(2.0)
     [answer] = cleared
     assert (answer.reply.tiers[0].done, answer.reply.tiers[0].error) == (False, "not done yet")
+
+
+def test_what_a_clear_has_not_come_to_yet_is_not_written_to_a_tier_that_is_empty_already(tmp_path: Path, monkeypatch):
+    """A server with write-on-evict has too much in L1, and would write the oldest."""
+    monkeypatch.setattr("lmcache.server.service.MAX_ENTRIES_PER_SLICE", 2)
+    with service_in(tmp_path, monkeypatch) as harness:
+        harness.storage._low_pages = 10  # begins to write below it
+        tiered = Tiered(harness, write_on_evict=True)
+        harness.client().store(*range(30))
+        wait_until(lambda: (tiered.tiers.tick(), tiered.tiers._is_drained() and tiered.fake.values)[1])
+        cleared = harness.send(Clear(tier=ClearTier.ALL, timeout_seconds=60.0))
+        wait_until(lambda: (tiered.tiers.collect(), not tiered.fake.values)[1])
+        while not cleared:
+            harness.service.tick()
+        tiered.tiers.tick()
+        wait_until(lambda: (tiered.tiers.tick(), tiered.tiers._is_drained())[1])
+        assert cleared[0].reply.objects == 30
+        assert not tiered.fake.values
+        tiered.tiers.close(0.0)
+        harness.service.tiers = None
 
 
 def test_chunks_of_an_engines_ranks_are_evicted_from_the_tier_although_none_was_stored_here(tiered: Tiered):

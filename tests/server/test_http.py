@@ -212,7 +212,7 @@ def test_a_clear_counts_what_it_removes_and_a_dry_run_removes_nothing(server, ht
             reply = http.post("/api/clear", params={"dry_run": dry_run})
             assert reply.status_code == 200
             assert {name: reply.json()[name] for name in expected} == expected
-            assert set(reply.json()) == {*expected, "seconds", "tiers"}
+            assert set(reply.json()) == {*expected, "remaining_objects", "seconds", "tiers"}
         assert client.lookup(keys(2), pin=False).hit_chunks == 0
 
 

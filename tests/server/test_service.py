@@ -37,6 +37,7 @@ from lmcache.protocol import (
     UnregisterKVCache,
 )
 from lmcache.server.service import MAX_COPIED_BYTES, MAX_GET_BYTES
+from lmcache.storage.manager import MAX_ENTRIES_PER_SLICE
 from tests.pools import content, key, keys, wait_until
 from tests.server.harness import CHUNK_SIZE, LAYOUT, LEASE_SECONDS, PIN_TIMEOUT_SECONDS, as_builtins, namespace, service_in
 
@@ -694,6 +695,7 @@ def test_a_clear_removes_all_but_the_pinned_and_counts_both(stored):
         "removed_bytes": 8 * PAGE_BYTES,
         "kept_objects": 2,
         "kept_bytes": 2 * PAGE_BYTES,
+        "remaining_objects": 0,
         "seconds": 0,
         "tiers": [],
     }
@@ -713,8 +715,9 @@ def test_a_forced_clear_waits_for_pins_and_counts_what_went_meanwhile(stored):
     assert answers == []
     stored.release()
     stored.pass_time(1)
+    expected = {"objects": 10, "removed_bytes": 10 * PAGE_BYTES, "kept_objects": 0, "kept_bytes": 0}
     assert [as_builtins(answer.reply) for answer in answers] == [
-        {"objects": 10, "removed_bytes": 10 * PAGE_BYTES, "kept_objects": 0, "kept_bytes": 0, "seconds": 3, "tiers": []}
+        {**expected, "remaining_objects": 0, "seconds": 3, "tiers": []}
     ]
     assert present(stored) == set()
 
@@ -790,6 +793,97 @@ def test_an_evict_that_selects_nothing_is_refused(stored):
         stored.call(Evict(model="c"))
     assert caught.value.hint == "registered: a, b"
     assert present(stored) == set(range(10))
+
+
+# -- removing much ----------------------------------------------------------------------------------------------------
+
+NUM_MANY = 2 * MAX_ENTRIES_PER_SLICE + 100
+
+
+@pytest.fixture
+def crowded(tmp_path, monkeypatch):
+    """So many chunks that no slice has them all; the client has registered model "m"."""
+    with service_in(tmp_path, monkeypatch, num_pages=NUM_MANY + 10, num_slots=NUM_MANY + 10) as service:
+        service.writer = service.client()
+        service.writer.register()
+        service.writer.store(*range(NUM_MANY), namespace_id=namespace("m").id)
+        yield service
+
+
+@pytest.mark.parametrize("request_", [Clear(), Evict(model="m"), Evict(ratio=1.0), Evict(older_than_seconds=0)], ids=repr)
+def test_a_long_removal_lets_others_have_their_turn_and_leaves_alone_what_they_store(crowded, request_):
+    told = []
+    crowded.storage._on_removed = lambda reason, num_chunks, num_bytes: told.append(num_chunks)
+    answers = crowded.send(request_)
+    assert answers == []
+    assert len(crowded.storage.l1) == NUM_MANY - MAX_ENTRIES_PER_SLICE
+    # The end of the prompt went first; it is stored again, in slots that the removal has yet to come to or has been at.
+    crowded.writer.store(*range(NUM_MANY - 300, NUM_MANY), namespace_id=namespace("m").id)
+    while not answers:
+        assert crowded.service.tick() == 0 or answers
+    assert (answers[0].reply.objects, answers[0].reply.remaining_objects) == (NUM_MANY, 0)
+    assert told == [MAX_ENTRIES_PER_SLICE, MAX_ENTRIES_PER_SLICE, 100]
+    left = [number for number in range(NUM_MANY) if crowded.storage.l1.find(key(number), 0) is not None]
+    assert left == [*range(NUM_MANY - 300, NUM_MANY)]
+    assert crowded.service.tick() > 0
+
+
+def test_a_slot_that_is_used_again_before_the_removal_comes_to_it_is_left_alone(crowded):
+    first = crowded.storage.l1.find(key(0), 0)
+    answers = crowded.send(Clear())
+    crowded.call(Evict(), [keys(0)])  # which the clear would have come to last
+    [place] = crowded.writer.store(5000)
+    assert place.slot == first
+    while not answers:
+        crowded.service.tick()
+    assert answers[0].reply.objects == NUM_MANY - 1
+    assert {*crowded.storage.l1.slots()} == {first}
+
+
+def test_a_removal_whose_time_is_up_says_what_is_left_and_goes_on(crowded):
+    answers = crowded.send(Clear(timeout_seconds=1.0))
+    crowded.pass_time(2.0)
+    [answer] = answers
+    removed = 2 * MAX_ENTRIES_PER_SLICE
+    assert (answer.reply.objects, answer.reply.remaining_objects) == (removed, NUM_MANY - removed)
+    crowded.service.tick()
+    assert (len(answers), len(crowded.storage.l1)) == (1, 0)
+    assert crowded.service.tick() > 0
+
+
+def test_a_long_dry_run_removes_nothing_and_ends_with_its_time(crowded):
+    answers = crowded.send(Clear(dry_run=True))
+    while not answers:
+        crowded.service.tick()
+    assert (answers[0].reply.objects, answers[0].reply.remaining_objects) == (NUM_MANY, 0)
+    [answer] = crowded.send(Evict(dry_run=True, ratio=1.0, timeout_seconds=0))
+    assert (answer.reply.objects, answer.reply.remaining_objects) == (MAX_ENTRIES_PER_SLICE, NUM_MANY - MAX_ENTRIES_PER_SLICE)
+    assert crowded.service.tick() > 0
+    assert len(crowded.storage.l1) == NUM_MANY
+
+
+def test_a_forced_clear_removes_many_pinned_chunks_as_they_are_let_go(crowded):
+    crowded.call(Lookup(client=crowded.writer.id, request_id="a"), [keys(*range(NUM_MANY - 1))])
+    crowded.call(Lookup(client=crowded.writer.id, request_id="b"), [keys(NUM_MANY - 1)])
+    answers = crowded.send(Clear(force=True, timeout_seconds=5))
+    for _ in range(10):
+        crowded.service.tick()
+    crowded.call(EndSession(client=crowded.writer.id, request_id="a"))
+    for _ in range(10):
+        crowded.service.tick()
+    assert (answers, len(crowded.storage.l1)) == ([], 1)
+    crowded.pass_time(6)
+    assert [(answer.reply.objects, answer.reply.kept_objects) for answer in answers] == [(NUM_MANY - 1, 1)]
+
+
+def test_several_removals_share_a_slice(crowded):
+    clears = [crowded.send(Clear(dry_run=True, timeout_seconds=100)) for _ in range(4)]
+    for _ in range(4):
+        crowded.service.tick()
+    assert not any(clears)
+    while not all(clears):
+        crowded.service.tick()
+    assert {answers[0].reply.objects for answers in clears} == {NUM_MANY}
 
 
 # -- versions ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def test_filling_to_150_percent_without_pause_fails_no_store_and_drops_the_oldes
             store(manager, number)
             assert manager.l1.used_pages <= 200
         assert present(manager, range(300)) == set(range(100, 300))
-        assert removed == [(RemovalReason.DEMAND, PAGE_BYTES)] * 100
+        assert removed == [(RemovalReason.DEMAND, 1, PAGE_BYTES)] * 100
 
 
 def test_pinned_chunks_stay_while_all_others_go(tmp_path):
@@ -285,7 +285,7 @@ def test_a_pass_above_the_watermark_frees_down_to_the_low_one_oldest_first(tmp_p
         store(manager, 80)
         manager.run_pass()
         assert present(manager, range(81)) == set(range(31, 81))
-        assert removed == [(RemovalReason.WATERMARK, PAGE_BYTES)] * 31
+        assert removed == [(RemovalReason.WATERMARK, 31, 31 * PAGE_BYTES)]
         manager.run_pass()
         assert not manager.wants_pass_soon
 
@@ -382,7 +382,7 @@ def test_each_removal_is_told_with_its_reason_and_bytes(tmp_path):
     with manager_in(tmp_path, num_pages=8, on_removed=lambda *what: told.append(what)) as manager:
         store(manager, 1, num_bytes=5000)
         manager.remove(Selection(), RemovalReason.CLEAR, dry_run=False)
-    assert told == [(RemovalReason.CLEAR, 5000)]
+    assert told == [(RemovalReason.CLEAR, 1, 5000)]
 
 
 # -- health -----------------------------------------------------------------------------------------------------------

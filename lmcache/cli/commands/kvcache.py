@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from lmcache.protocol import RemovalReply
 
 MAX_NAME_CHARACTERS = 512
-# Of the deadline, the share that the server may spend waiting for pins; the rest is the way there and back.
-FORCE_SHARE = 0.8
+# Of the deadline, the share that the server may take until it answers; the rest is the way there and back.
+SERVER_SHARE = 0.8
 
 
 def register_command(subparsers: Any) -> None:
@@ -119,7 +119,8 @@ def confirm(url: Url, args: Namespace) -> None:
     if not sys.stdin.isatty():
         raise UsageError("this removes every chunk, and there is no terminal to ask at", "pass -y, or --dry-run to look first")
     would = send_clear(url, args.timeout, args.tier, dry_run=True, force=False)
-    what = [] if args.tier == "l2" else [f"{would.objects} objects ({format_bytes(would.removed_bytes)})"]
+    at_least = "at least " if would.remaining_objects else ""
+    what = [] if args.tier == "l2" else [f"{at_least}{would.objects} objects ({format_bytes(would.removed_bytes)})"]
     what += [f"{tier.objects} in L2 {tier.name}" for tier in would.tiers]
     print(f"Remove {' and '.join(what) or 'nothing'} from {url}? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
@@ -162,7 +163,7 @@ def send_clear(url: Url, timeout: float, tier: str, dry_run: bool, force: bool) 
     from lmcache.cli.http import http_request, wrong_peer
     from lmcache.protocol import Clear, ClearTier, RemovalReply
 
-    wait = timeout * FORCE_SHARE
+    wait = timeout * SERVER_SHARE
     if not url.is_http:
         request = Clear(dry_run=dry_run, force=force, timeout_seconds=wait, tier=ClearTier(tier))
         reply: RemovalReply = send_request(url, request, timeout=timeout).reply
@@ -192,7 +193,11 @@ def removal_result(title: str, removal: RemovalReply, dry_run: bool) -> Result:
     result.row("Kept, because pinned", removal.kept_objects, key="kept_objects", text=kept)
     result.put("kept_bytes", removal.kept_bytes)
     result.put("dry_run", dry_run)
+    result.put("remaining_objects", removal.remaining_objects)
     result.row("Seconds", removal.seconds, key="seconds", text=f"{removal.seconds:.3f}")
+    if removal.remaining_objects:
+        hint = "pass a longer --timeout" if dry_run else "it goes on; ask again later, or pass a longer --timeout"
+        result.fail(f"{removal.remaining_objects} objects were not looked at yet", hint, "unfinished")
     return result
 
 
@@ -231,6 +236,7 @@ def evict(args: Namespace) -> int:
         ratio=args.ratio,
         model=model,
         older_than_seconds=args.older_than,
+        timeout_seconds=args.timeout * SERVER_SHARE,
     )
     reply = send_request(url, request, keys, args.timeout).reply
     return report(removal_result("KV Cache Evict", reply, args.dry_run), args)
