@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -56,15 +57,13 @@ class RunningServer:
         endpoints: Endpoints,
         service: CacheService,
         owner: ZmqFrontend,
-        http: HttpFrontend | None,
-        metrics_server: Any,
+        frontends: Iterable[HttpFrontend],
         drain_seconds: float,
     ) -> None:
         self.endpoints = endpoints
         self.service = service
         self._owner = owner
-        self._http = http
-        self._metrics_server = metrics_server
+        self._frontends = frontends
         self._drain_seconds = drain_seconds
         self._is_stopped = False
 
@@ -78,9 +77,8 @@ class RunningServer:
         if self._is_stopped:
             return
         self._is_stopped = True
-        if self._http is not None:
-            self._http.stop()
-        _stop_metrics(self._metrics_server)
+        for frontend in self._frontends:
+            frontend.stop()
         self._owner.stop_loop()
         if self.service.tiers is not None:
             self.service.tiers.close(self._drain_seconds)
@@ -131,25 +129,21 @@ def start_server(config: ServerConfig) -> RunningServer:
         undo.callback(owner.stop)
         listener: socket.socket | None = None
         if not config.http.no_http:
-            listener = http_frontend.bind(config.http.http_host, config.http.http_port)
+            listener = http_frontend.bind(config.http.http_host, config.http.http_port, "http")
             undo.callback(listener.close)
+        metrics_listener: socket.socket | None = None
+        if config.prometheus.metrics_port:
+            metrics_listener = http_frontend.bind(config.prometheus.metrics_host, config.prometheus.metrics_port, "metrics")
+            undo.callback(metrics_listener.close)
         adapters = _make_adapters(config)
         for named in adapters:
             undo.callback(named.adapter.close)
         metrics = Metrics([named.name for named in adapters])
-        metrics_server = _serve_metrics(config, metrics, owner) if config.prometheus.metrics_port else None
-        undo.callback(_stop_metrics, metrics_server)
         pool = _open_pool(config)
         undo.callback(_give_up, pool)
-        server = _run_on(config, pool, owner, listener, metrics, metrics_server, adapters)
+        server = _run_on(config, pool, owner, listener, metrics_listener, metrics, adapters)
         undo.pop_all()
     return server
-
-
-def _stop_metrics(metrics_server: Any) -> None:
-    if metrics_server is not None:
-        metrics_server.shutdown()
-        metrics_server.server_close()
 
 
 def _make_adapters(config: ServerConfig) -> list[NamedAdapter]:
@@ -192,8 +186,8 @@ def _run_on(
     pool: PoolFile,
     owner: ZmqFrontend,
     listener: socket.socket | None,
+    metrics_listener: socket.socket | None,
     metrics: Metrics,
-    metrics_server: Any,
     adapters: list[NamedAdapter],
 ) -> RunningServer:
     try:
@@ -219,14 +213,13 @@ def _run_on(
         status_interval_seconds=config.telemetry.status_interval_seconds,
     )
     owner.start(service)
-    http = None
-    if listener is not None:
-        http = HttpFrontend(listener, owner, None if config.prometheus.no_metrics else metrics, config.http_token)
-        http.start()
+    frontends = _make_frontends(config, owner, metrics, listener, metrics_listener)
+    for frontend in frontends:
+        frontend.start()
     _log_start(endpoints, pool, storage)
     for named in adapters:
         logger.info("L2 %s: %s, %s", named.name, named.shown, config.storage.l2_policy)
-    return RunningServer(endpoints, service, owner, http, metrics_server, config.storage.l2_drain_seconds)
+    return RunningServer(endpoints, service, owner, frontends, config.storage.l2_drain_seconds)
 
 
 def _count_removed(metrics: Metrics, reason: RemovalReason, num_chunks: int, num_bytes: int) -> None:
@@ -261,16 +254,32 @@ class _FreshRegistry:
             self._metrics.set("lmcache_healthy", 0)
 
 
-def _serve_metrics(config: ServerConfig, metrics: Metrics, owner: ZmqFrontend) -> Any:
-    from prometheus_client import start_http_server
+def _make_frontends(
+    config: ServerConfig,
+    owner: ZmqFrontend,
+    metrics: Metrics,
+    listener: socket.socket | None,
+    metrics_listener: socket.socket | None,
+) -> list[HttpFrontend]:
+    frontends = []
 
-    host, port = config.prometheus.metrics_host, config.prometheus.metrics_port
-    registry: Any = _FreshRegistry(metrics, owner)
-    try:
-        server, _ = start_http_server(port, host, registry)
-    except (OSError, UnicodeError) as exc:
-        raise UsageError(f"cannot listen on http://{host}:{port}: {exc}", "choose another --metrics-port") from exc
-    return server
+    def make_routes(listener: socket.socket) -> Any:
+        from lmcache.server.http_routes import make_app
+
+        may_change = bool(config.http_token) or http_frontend.is_loopback(listener)
+        return make_app(owner, None if config.prometheus.no_metrics else metrics, config.http_token, may_change)
+
+    def make_metrics() -> Any:
+        from prometheus_client import make_asgi_app
+
+        registry: Any = _FreshRegistry(metrics, owner)
+        return make_asgi_app(registry)
+
+    if listener is not None:
+        frontends.append(HttpFrontend(listener, functools.partial(make_routes, listener), "lmcache-http"))
+    if metrics_listener is not None:
+        frontends.append(HttpFrontend(metrics_listener, make_metrics, "lmcache-metrics"))
+    return frontends
 
 
 def _pool_path(config: ServerConfig) -> Path:
@@ -374,6 +383,13 @@ def _keep_freed_memory() -> None:
         mallopt(-3, 32 << 20)
 
 
+def _allow_many_descriptors() -> None:
+    """Take all that the hard limit allows: each connection costs one, and the soft limit is 1024 as a rule."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def run(args: argparse.Namespace) -> int:
     """Run a server in the foreground until SIGINT or SIGTERM; return the exit code.
 
@@ -385,6 +401,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_from_args(args)
     configure_logging(config.telemetry.log_level, config.telemetry.log_format == "json")
     _keep_freed_memory()
+    _allow_many_descriptors()
     wait_for_room(config, stop)
     if stop.is_set():
         return 0

@@ -1,4 +1,4 @@
-"""The HTTP frontend's socket and thread. Next on the path: `http_routes.py`, imported in the thread, after ZMQ answers."""
+"""The socket and the thread of an HTTP port. Next on the path: `http_routes.py`, or metrics alone (`app.py`)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import ipaddress
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lmcache.errors import UsageError
 from lmcache.log import RateLimitedLog, init_logger
-from lmcache.metrics import Metrics
-from lmcache.server.zmq_frontend import ZmqFrontend, bind_hint
+from lmcache.server.zmq_frontend import bind_hint
 
 logger = init_logger(__name__)
 
@@ -20,9 +20,11 @@ STOP_DEADLINE_SECONDS = 3.0
 HEAD_DEADLINE_SECONDS = 5.0
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, name: str) -> socket.socket:
     """Return a bound, listening socket, so that a port in use is known before anything is allocated.
 
+    Args:
+        name: what the port's flags begin with.
     Raises: UsageError.
     """
     listener: socket.socket | None = None
@@ -35,10 +37,8 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as exc:
         if listener is not None:
             listener.close()
-        raise UsageError(
-            f"cannot listen on http://{host}:{port}: {exc}",
-            hint=f"{bind_hint(exc, '--http-host', '--http-port')}; or pass --no-http",
-        ) from exc
+        hint = bind_hint(exc, f"--{name}-host", f"--{name}-port") + ("; or pass --no-http" if name == "http" else "")
+        raise UsageError(f"cannot listen on http://{host}:{port}: {exc}", hint) from exc
     return listener
 
 
@@ -54,17 +54,20 @@ def is_loopback(listener: socket.socket) -> bool:
 
 
 class HttpFrontend:
-    """Serves on a bound socket from a thread of its own; the libraries are imported there, after ZMQ answers."""
+    """Serves on a bound socket from a thread of its own; the libraries are imported there, after ZMQ answers.
 
-    def __init__(self, listener: socket.socket, owner: ZmqFrontend, metrics: Metrics | None, token: str) -> None:
+    Args:
+        make_app: returns the ASGI application; called in that thread.
+        name: the thread's.
+    """
+
+    def __init__(self, listener: socket.socket, make_app: Callable[[], Any], name: str) -> None:
         self._listener = listener
-        self._owner = owner
-        self._metrics = metrics
-        self._token = token
+        self._make_app = make_app
         self._server: Any = None
         self._is_stopping = False
         self._log = RateLimitedLog(logger)
-        self._thread = threading.Thread(target=self._run, name="lmcache-http", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -83,11 +86,8 @@ class HttpFrontend:
 
         import uvicorn
 
-        from lmcache.server.http_routes import make_app
-
-        may_change = bool(self._token) or is_loopback(self._listener)
         config = uvicorn.Config(
-            make_app(self._owner, self._metrics, self._token, may_change),
+            self._make_app(),
             loop="asyncio",  # the same whatever else is installed; left to itself uvicorn takes uvloop and httptools
             http="h11",  # and it bounds a request's headers, which httptools does not
             log_config=None,

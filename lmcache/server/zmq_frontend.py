@@ -34,17 +34,6 @@ from lmcache.server.service import Answer, CacheService
 
 logger = init_logger(__name__)
 
-
-def bind_hint(exc: Exception, host_flag: str, port_flag: str) -> str:
-    """Return what to do when a socket cannot be bound; ZMQ's errors have the system's numbers."""
-    number = getattr(exc, "errno", None)
-    if number == errno.EADDRINUSE:
-        return f"is another server running? choose another {port_flag}"
-    if number in (errno.EACCES, errno.EPERM):
-        return f"choose a {port_flag} that this user may open"
-    return f"{host_flag} must be an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
-
-
 # Messages taken from the socket before the tick gets its turn.
 MAX_MESSAGES_PER_TURN = 64
 RECEIVE_HWM = 1000
@@ -62,6 +51,16 @@ KEEPALIVE_SECONDS = 10
 UNSENT_POLL_MS = 2
 # How long the HTTP sides wait for the owner thread.
 OWNER_DEADLINE_SECONDS = 2.0
+
+
+def bind_hint(exc: Exception, host_flag: str, port_flag: str) -> str:
+    """Return what to do when a socket cannot be bound; ZMQ's errors have the system's numbers."""
+    number = getattr(exc, "errno", None)
+    if number == errno.EADDRINUSE:
+        return f"is another server running? choose another {port_flag}"
+    if number in (errno.EACCES, errno.EPERM):
+        return f"choose a {port_flag} that this user may open"
+    return f"{host_flag} must be an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
 
 
 class ZmqFrontend:

@@ -248,6 +248,16 @@ def test_a_pool_directory_that_is_none_is_named(pool_dir):
 # -- no descriptors left ----------------------------------------------------------------------------------------------
 
 
+def test_a_server_may_open_as_many_descriptors_as_it_is_allowed_to(pool_dir):
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, allowed[0]), allowed[1]))
+    try:
+        with LmcacheServer(flags(pool_dir), http=False, l1_size_gb=SMALL_GIB) as server:
+            assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (allowed[1], allowed[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+
+
 def test_a_server_without_descriptors_takes_nobody_for_dead(pool_dir):
     """It cannot open presence files then; a reservation given to someone else would mean wrong bytes."""
     with (
