@@ -56,14 +56,20 @@ class PoolMapping(Shared):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.view = PoolView(path)
-        self._unwatch: Callable[[], None] | None = None
+        self._watch: WatchMapping | None = None
+        self._unwatch: Callable[[], None] = lambda: None
         self._undone = threading.Event()
         self._undoing_thread = 0
 
     def watch(self, watch: WatchMapping) -> None:
-        """Tell of it, while the caller uses it, if that was not done; what `watch` returns is called before it goes."""
-        if self._unwatch is None:
+        """Tell of it, while the caller uses it, if that was not done; what `watch` returns is called before it goes, or before
+        somebody else is told.
+        """
+        if self._watch is not watch:
+            unwatch, self._unwatch, self._watch = self._unwatch, lambda: None, None
+            unwatch()
             self._unwatch = watch(self.view)
+            self._watch = watch
 
     def is_of(self, path: Path) -> bool:
         """Whether it is this file that is mapped, and not one that has been put in its place."""
@@ -102,8 +108,7 @@ class PoolMapping(Shared):
     def _undo(self) -> None:
         self._undoing_thread = threading.get_ident()
         try:
-            if self._unwatch is not None:
-                self._unwatch()
+            self._unwatch()
             self.view.close()
         finally:
             self._undone.set()

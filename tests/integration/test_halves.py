@@ -664,6 +664,33 @@ def test_a_store_begins_with_the_step_after_its_own_or_when_none_follows(server,
         stores.close(5.0)
 
 
+class PinningCopier(LaterCopier):
+    """Remembers which copier has a pool pinned."""
+
+    def __init__(self, name, pinned):
+        super().__init__(LAYOUT, [torch.zeros(1, BLOCK_BYTES, dtype=torch.uint8) for _ in range(NUM_LAYERS)])
+        self.name, self.pinned = name, pinned
+
+    def pin_pool(self, view, is_computing=lambda: False):
+        self.pinned.append(self.name)
+        return lambda: self.pinned.remove(self.name)
+
+
+def test_a_worker_that_begins_anew_leaves_nothing_of_what_it_began_before(server):
+    """As where the rest of an engine failed to start, and the program makes another one."""
+    with KVCacheClient(server.zmq_url) as client:
+        pinned, threads = [], []
+        client.attach()
+        half = WorkerHalf(client)
+        for name in ("first", "second", "third"):
+            half.start(PinningCopier(name, pinned), Namespace(model="a", dtype="u8", chunk_size=CHUNK_SIZE))
+            threads.append(half._background._thread)
+        assert pinned == ["third"]
+        assert [thread.is_alive() for thread in threads] == [False, False, True]
+        half.close()
+    wait_until(lambda: pinned == [], "the pool is unpinned")
+
+
 SLOW = functools.partial(LaterCopier, pause_seconds=0.05)
 
 

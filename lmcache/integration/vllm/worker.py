@@ -172,11 +172,11 @@ class WorkerHalf:
         logger.error("serving without the KV cache: %s", reason, exc_info=unforeseen)
 
     def start(self, copier: ChunkCopier, namespace: Namespace, rank: int = 0, num_ranks: int = 1) -> None:
-        """Begin to work; the server is told now, or as soon as it is there."""
+        """Begin to work, perhaps anew and with other tensors; the server is told now, or as soon as it is there."""
+        self._end_transfers()
         self._copier = copier
         self.hello = WorkerHello(namespace, copier.layout, copies_later=copier.copies_later, rank=rank, num_ranks=num_ranks)
-        if copier.copies_later:
-            self._background = BackgroundStores(self._store_job, copier.prepare_thread())
+        self._background = BackgroundStores(self._store_job, copier.prepare_thread()) if copier.copies_later else None
         try:
             self._client.watch_mapping(lambda view: copier.pin_pool(view, self.is_computing))
             self._client.watch_pins(copier.pin_report)
@@ -457,10 +457,13 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Leave the server, after what is under way."""
+        self._end_transfers()
+        self._client.close()
+
+    def _end_transfers(self) -> None:
         self.settle_loads()
         if self._background is not None:
             self._background.close(CLOSE_SECONDS)
-        self._client.close()
 
 
 @dataclass
