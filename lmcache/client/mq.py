@@ -45,6 +45,8 @@ WAKE_MS = 100
 # Then it leaves its call. A closed socket under a thread that is still in one would make libzmq abort the process.
 LEAVE_SECONDS = WAKE_MS / 1000 + 1.0
 LEAVE_POLL_SECONDS = 2e-3
+# So long after its deadline a reply is still expected: a frozen server sends it when it goes on, one that has ended never does.
+LATE_SECONDS = 300.0
 # libzmq ends within milliseconds, but for its I/O thread when that is in the system's resolver: 10 s and more.
 END_SECONDS = 1.0
 # libzmq lets go of the buffers of a closed socket within milliseconds; NotDone after this is a bug, not to be passed over.
@@ -65,7 +67,7 @@ class ReplyFuture(Generic[R]):
         self.is_undone_late = True
         """Whether `on_late_reply` is to hear of a reply that comes after nobody waits for it any more."""
         self._channel = channel
-        self._deadline = deadline
+        self.deadline = deadline
         self._header: bytes | None = None
 
     @property
@@ -81,7 +83,7 @@ class ReplyFuture(Generic[R]):
     @property
     def is_settled(self) -> bool:
         """Whether `result` would return or raise at once, as far as the replies read so far tell."""
-        return self._header is not None or time.monotonic() >= self._deadline
+        return self._header is not None or time.monotonic() >= self.deadline
 
     def done(self) -> bool:
         """Tell, without waiting, whether `result` would return or raise at once."""
@@ -90,7 +92,7 @@ class ReplyFuture(Generic[R]):
     def wait(self, seconds: float) -> bool:
         """Read replies until this one has come, for at most `seconds`; return `is_settled`."""
         if self._header is None:
-            self._channel.read_until(self, min(self._deadline, time.monotonic() + seconds))
+            self._channel.read_until(self, min(self.deadline, time.monotonic() + seconds))
         return self.is_settled
 
     def abandon(self) -> None:
@@ -105,7 +107,7 @@ class ReplyFuture(Generic[R]):
         """
         try:
             if self._header is None:
-                self._channel.read_until(self, self._deadline)
+                self._channel.read_until(self, self.deadline)
         finally:
             if self._header is None:
                 self._channel.abandon(self)
@@ -281,6 +283,7 @@ class _Channel:
         Where the caller's buffers are still being sent, the connection goes: it may change them now, and a message that ended
         with other bytes than it began would be stored. The server drops the half that it has.
         """
+        self._forget_abandoned()
         for request_id, waiting in self._waiting.items():
             if waiting is future:
                 del self._waiting[request_id]
@@ -292,6 +295,11 @@ class _Channel:
             future.tracker.wait(timeout=SEND_END_SECONDS)
             with contextlib.suppress(UnreachableError), self:
                 pass  # the next request need not wait for a connection
+
+    def _forget_abandoned(self) -> None:
+        oldest = time.monotonic() - LATE_SECONDS
+        while self._abandoned and next(iter(self._abandoned.values())).deadline < oldest:
+            del self._abandoned[next(iter(self._abandoned))]
 
     def close(self) -> None:
         """Close the socket; the next use opens another one. Its own thread only, or none that uses it."""

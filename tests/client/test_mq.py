@@ -143,6 +143,16 @@ def test_a_late_reply_goes_to_whom_it_was_promised_and_disturbs_no_other_request
         mq.close()
 
 
+def test_replies_that_never_come_are_not_waited_for_for_ever(monkeypatch):
+    monkeypatch.setattr(client_mq, "LATE_SECONDS", 0.0)
+    with ScriptedPeer(lambda op: None) as peer, MessageQueueClient(peer.url) as mq:
+        mq.submit(Noop(), may_wait=True)
+        for _ in range(5):
+            with pytest.raises(UnreachableError):
+                mq.call(Noop(), timeout_seconds=0.01)
+        assert len(mq._local.channel._abandoned) == 1
+
+
 @pytest.mark.parametrize(
     "frames",
     [
