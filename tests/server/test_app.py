@@ -259,11 +259,12 @@ def test_a_restarted_server_starts_when_an_engine_has_let_go_of_the_pool_before(
         wait_until(lambda: server.status()["l1"]["resident_bytes"] == 40 << 20)
         view = PoolView(Path(server.pool_path))
         server.stop(signal.SIGTERM)
-        letting_go = threading.Timer(1.0, view.close)
-        letting_go.start()
-        server.start()
-        assert not letting_go.is_alive()
-        assert "waiting for room: removed files of 0.04 GiB" in server.log_text()
+        starting = threading.Thread(target=server.start)
+        starting.start()
+        wait_until(lambda: "waiting for room: removed files of 0.04 GiB" in server.log_text())
+        view.close()
+        starting.join(60)
+        assert server.status()["l1"]["capacity_bytes"] == 40 << 20
 
 
 def room_in(directory):
