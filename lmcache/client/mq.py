@@ -8,6 +8,7 @@ that socket itself, so a round trip costs no hand-over between threads. A future
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import itertools
 import os
@@ -371,10 +372,16 @@ class _Sockets:
             for opened, thread_id in [*self._opened.items()]:
                 if thread_id not in self.in_use:
                     self.close(opened)
+        ended = threading.Lock()
+        ended.acquire(blocking=False)
         with contextlib.suppress(RuntimeError):  # no thread is to be had, as when the process ends: it is left to that
-            thread = threading.Thread(target=self._context.term, name="lmcache-zmq-end", daemon=True)
-            thread.start()
-            thread.join(timeout=end_seconds)
+            # Not a Thread: garbage collection, which comes here, may have begun inside the start of one, with its lock taken.
+            _thread.start_new_thread(self._end_context, (ended,))
+            ended.acquire(timeout=end_seconds)
+
+    def _end_context(self, ended: threading.Lock) -> None:
+        self._context.term()
+        ended.release()
 
     def _others_in_use(self) -> bool:
         return bool(self.in_use - {threading.get_ident()})
