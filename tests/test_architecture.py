@@ -42,6 +42,7 @@ CORE = {
     "pool.py",
     "protocol.py",
     "metrics.py",
+    "numerals.py",
     "utils.py",
     "weights.py",
 }

@@ -13,6 +13,8 @@ import os
 import time
 from argparse import Namespace
 
+from lmcache.numerals import plain_number
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -288,8 +290,8 @@ def _number_and_unit(text: str, units: Mapping[str, float], example: str) -> tup
     number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
     unit = text.strip()[len(number) :].lower()
     try:
-        if unit in units and "_" not in number:
-            return float(number), units[unit]
+        if unit in units:
+            return plain_number(float, number), units[unit]
     except ValueError:
         pass
     known = ", ".join(name for name in units if name)
@@ -320,10 +322,18 @@ def positive_seconds(text: str) -> float:
     return seconds
 
 
+def share(text: str) -> float:
+    """Return the number in `0.25`, or a hundredth of that in `25%`.
+
+    Raises: ValueError
+    """
+    return plain_number(float, text[:-1]) / 100 if text.endswith("%") else plain_number(float, text)
+
+
 def ratio(text: str) -> float:
     """Parse `0.25` or `25%` into 0 to 1."""
     try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        value = share(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a ratio such as 0.25 or 25%") from None
     if not 0 <= value <= 1:

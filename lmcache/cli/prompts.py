@@ -19,6 +19,7 @@ from lmcache.cli.corpora import Prompt, expand_prompt
 from lmcache.cli.status import ModelView
 from lmcache.errors import LMCacheError, UsageError
 from lmcache.keys import chunk_keys
+from lmcache.numerals import plain_number
 from lmcache.protocol import MAX_CHUNKS
 from lmcache.weights import adapter_digest, adapter_label
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lmcache.cli.http import HttpClient
 
 MAX_TOKEN_ID = 2**32 - 1
+BYTE_ORDER_MARK = "\ufeff"  # editors on Windows begin a file with it
 TOKENIZER_HINT = "name a local folder with --tokenizer, or ask an engine with --tokenize-with URL"
 
 Encode = Callable[[str], list[int]]
@@ -190,6 +192,7 @@ def read_token_file(path: str) -> list[int]:
         else:
             with open(path, encoding="utf-8") as file:
                 text = file.read()
+        text = text.removeprefix(BYTE_ORDER_MARK)
         found = json.loads(text) if text.lstrip().startswith("[") else _whole_numbers(text)
     except (OSError, ValueError, RecursionError) as exc:
         raise UsageError(
@@ -201,7 +204,7 @@ def read_token_file(path: str) -> list[int]:
 
 
 def _whole_numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split()]
+    return [plain_number(int, word) for word in text.split()]
 
 
 def check_token_ids(found: object, source: str, may_be_empty: bool = False) -> list[int]:

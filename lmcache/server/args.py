@@ -18,6 +18,7 @@ from typing import Any
 from lmcache.environment import is_service_link
 from lmcache.errors import UsageError
 from lmcache.log import LEVELS, init_logger
+from lmcache.numerals import plain_number
 from lmcache.pool import PAGE_BYTES
 from lmcache.protocol import DEFAULT_HTTP_PORT, DEFAULT_ZMQ_PORT
 from lmcache.storage.eviction import POLICIES
@@ -45,7 +46,7 @@ def _switch(text: str) -> bool:
 
 def _mode(text: str) -> int:
     try:
-        value = int(text, 8)
+        value = plain_number(lambda digits: int(digits, 8), text)
     except ValueError:
         raise ValueError("expected octal permissions such as 0600") from None
     if value & ~0o777 or value & 0o600 != 0o600:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lmcache.numerals import plain_number, shown_number
+
 
 def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
     """Return a parser of numbers from `low` to `high`; it raises a ValueError that says what was expected."""
 
     def parse(text: str) -> Any:
         try:
-            value = kind(text)
+            value = plain_number(kind, text)
         except ValueError:
             raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}") from None
         if not low <= value <= high:
-            raise ValueError(f"expected {low:g} to {high:g}")
+            raise ValueError(f"expected {shown_number(low)} to {shown_number(high)}")
         return value
 
     return parse

@@ -1,5 +1,6 @@
 """What `bench kvcache` stores and how its figures are made; no server takes part."""
 
+import argparse
 import itertools
 
 import pytest
@@ -181,6 +182,13 @@ def test_flags_are_read():
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ["1_0", "٣", "x"])
+def test_numbers_are_plain_ones(number):
+    for parse, text in ((fill_ratio, number), (fill_ratio, f"{number}%"), (operation_mix, f"store={number}")):
+        with pytest.raises(argparse.ArgumentTypeError):
+            parse(text)
 
 
 def test_percentiles_interpolate_as_numpy_does():

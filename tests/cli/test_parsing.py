@@ -150,7 +150,9 @@ def test_ratios_are_read_as_a_share_or_in_percent(text, value):
 
 
 @pytest.mark.parametrize("parse_value", [base.byte_size, base.duration_seconds, base.ratio, base.positive_int])
-@pytest.mark.parametrize("text", ["", " ", "x", "-1", "nan", "inf", "1e999", "1_0", "0x10", "1,5", "10xyz", "--", "9" * 40])
+@pytest.mark.parametrize(
+    "text", ["", " ", "x", "-1", "nan", "inf", "1e999", "1_0", "1_0%", "٣", "٣%", "0x10", "1,5", "10xyz", "--", "9" * 40]
+)
 def test_other_texts_are_no_values(parse_value, text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not"):
         parse_value(text)

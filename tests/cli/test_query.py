@@ -7,7 +7,7 @@ import pytest
 
 from lmcache.cli.corpora import load_corpus
 from lmcache.cli.main import main
-from lmcache.cli.prompts import load_tokenizer
+from lmcache.cli.prompts import load_tokenizer, read_token_file
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import LMCacheError
 from lmcache.keys import chunk_keys
@@ -77,6 +77,12 @@ def test_tokens_may_be_numbers_with_white_space_and_come_from_stdin(zmq_cli: Cli
     store(engine, list(range(256)))
     done = zmq_cli("query", "kvcache", "--tokens", "-", stdin="\n".join(map(str, range(256))))
     assert "1/1 (100.0%)" in done.stdout
+
+
+@pytest.mark.parametrize("text", ["\ufeff1 2 3", "\ufeff[1, 2, 3]"])
+def test_a_token_file_may_begin_with_a_byte_order_mark(tmp_path: Path, text: str):
+    (tmp_path / "tokens").write_text(text, encoding="utf-8")
+    assert read_token_file(str(tmp_path / "tokens")) == [1, 2, 3]
 
 
 def test_lora_and_salt_are_part_of_what_is_asked_for(zmq_cli: Cli, engine: KVCacheClient, tmp_path: Path):
@@ -217,7 +223,8 @@ def test_wrong_requests_are_refused(zmq_cli: Cli, engine: KVCacheClient, words, 
 
 
 @pytest.mark.parametrize(
-    "text", ["[1, 2", "[1, -2]", "[1.5]", "[true]", '["1"]', "[4294967296]", "1 two", "{}", "\x00", "[[1]]"]
+    "text",
+    ["[1, 2", "[1, -2]", "[1.5]", "[true]", '["1"]', "[4294967296]", "1 two", "1_000", "١٢", "[1_0]", "{}", "\x00", "[[1]]"],
 )
 def test_files_that_are_no_tokens_are_refused(zmq_cli: Cli, engine: KVCacheClient, tmp_path: Path, text):
     (tmp_path / "tokens").write_text(text)

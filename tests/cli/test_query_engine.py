@@ -432,6 +432,7 @@ def test_nobody_and_silence_are_exit_code_3(server: LmcacheServer):
         (["--prompt", "a { b"], "starts no {corpus}"),
         (["--temperature", "3"], "'3' is not a number from 0 to 2"),
         (["--temperature", "nan"], "'nan' is not a number from 0 to 2"),
+        (["--temperature", "1_0"], "'1_0' is not a number from 0 to 2"),
         (["--max-tokens", "0"], "'0' is not a whole number above 0"),
         (["--verify", "--cache-salt", "x"], "--verify uses a cache salt of its own"),
         (["--verify", "--temperature", "1"], "--verify compares answers, which vary with --temperature"),

@@ -50,6 +50,9 @@ def test_without_http_there_is_only_zmq():
         ["--eviction-policy", "RANDOM"],
         ["--engine-type", "blend"],
         ["--chunk-size", "0"],
+        ["--chunk-size", "1_0"],
+        ["--l1-size-gb", "\u0661"],
+        ["--pool-mode", "0_600"],
         ["--pool-dir", "/nonexistent"],
         ["--no-such-flag"],
     ],
@@ -59,6 +62,11 @@ def test_values_out_of_range_are_one_error_before_anything_is_allocated(words):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 2
+
+
+def test_ranges_are_written_out():
+    assert "expected 1 to 1048576\n" in run_lmcache("server", "--chunk-size", "0").stderr
+    assert "expected 0.01 to 3600\n" in run_lmcache("server", "--l2-adapter", "redis://host?timeout-seconds=0").stderr
 
 
 def test_a_port_in_use_is_one_error():

@@ -65,7 +65,7 @@ def test_a_url_and_a_json_object_say_the_same_in_two_ways(text, name, redacted):
             "did you mean 'capacity-gb'?",
         ),
         ("fs:///c?capacity-gb=much", "L2 adapter fs: capacity-gb 'much': expected a number", ""),
-        ("fs:///c?capacity-gb=-1", "L2 adapter fs: capacity-gb '-1': expected 0 to 1.07374e+09", ""),
+        ("fs:///c?capacity-gb=-1", "L2 adapter fs: capacity-gb '-1': expected 0 to 1073741824", ""),
         ("fs://c/d", "L2 adapter fs: 'c' is read as a host", "write fs:/// and the absolute path"),
         ("fs://", "L2 adapter fs: no path", EXAMPLES["fs"]),
         (

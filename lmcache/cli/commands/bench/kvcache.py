@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from lmcache.cli.base import byte_size, connect, duration_seconds, kvcache_url, positive_int, positive_seconds
+from lmcache.cli.base import byte_size, connect, duration_seconds, kvcache_url, positive_int, positive_seconds, share
 from lmcache.cli.commands.bench.measure import MAX_CONCURRENCY, BenchRun, BenchSettings, run_benches
 from lmcache.cli.commands.bench.messages import Correctness, DeviceReport
 from lmcache.cli.commands.bench.worker import PIN
@@ -22,6 +22,7 @@ from lmcache.cli.commands.bench.workload import KeptSet, OperationKind
 from lmcache.cli.output import Result, error_object, format_bytes, format_ratio, report
 from lmcache.cli.paged import PinNotice, kv_layout
 from lmcache.errors import LMCacheError, UsageError
+from lmcache.numerals import plain_number
 
 DEFAULTS = BenchSettings()
 MAX_SEED = (1 << 63) - 1
@@ -157,7 +158,7 @@ def worker_counts(text: str) -> list[int]:
 def fill_ratio(text: str) -> float:
     """Parse `150%` or `1.5`."""
     try:
-        ratio = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        ratio = share(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share of L1 such as 150%") from None
     if not 0 < ratio <= MAX_FILL_RATIO:
@@ -178,7 +179,7 @@ def operation_mix(text: str) -> dict[OperationKind, float]:
     for part in text.split(","):
         name, _, weight_text = part.partition("=")
         try:
-            kind, weight = OperationKind(name.strip()), float(weight_text)
+            kind, weight = OperationKind(name.strip()), plain_number(float, weight_text)
         except ValueError:
             known = ", ".join(OperationKind)
             raise argparse.ArgumentTypeError(f"{part!r} is not KIND=WEIGHT; kinds: {known}") from None

@@ -20,6 +20,7 @@ from lmcache.cli.http import ENGINE, HttpClient
 from lmcache.cli.output import Result, format_bytes, report
 from lmcache.cli.prompts import TokenizedPrompt, engine_encoder, tokenize
 from lmcache.errors import LMCacheError, UnreachableError, UsageError
+from lmcache.numerals import plain_number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def add_options(parser: CommandParser) -> None:
 def temperature(text: str) -> float:
     """Parse a temperature, 0 to 2."""
     try:
-        value = float(text)
+        value = plain_number(float, text)
     except ValueError:
         value = -1.0
     if not 0 <= value <= 2:
