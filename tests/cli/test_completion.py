@@ -1,12 +1,14 @@
 """Completion scripts: accepted by the shell, and complete what the parsers know."""
 
+import re
+import shlex
 import shutil
 import subprocess
 
 import pytest
 
 from tests.cli.conftest import Cli
-from tests.server_process import run_lmcache
+from tests.server_process import LMCACHE, clean_environment, run_lmcache
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,22 @@ def test_bash_completes_files(bash_script, tmp_path, monkeypatch):
 def test_the_other_shells_know_the_same_words(shell):
     script = run_lmcache("completion", shell).stdout
     assert all(word in script for word in ("ping kvcache", "end-session", "text json", "l1-size-gb", "zsh"))
+
+
+@pytest.mark.parametrize(
+    ("shell", "file"),
+    [
+        ("bash", ".local/share/bash-completion/completions/lmcache"),
+        ("fish", ".config/fish/completions/lmcache.fish"),
+    ],
+)
+def test_what_help_says_installs_the_script_in_an_empty_home(tmp_path, shell, file):
+    text = run_lmcache("completion", "--help", env={"COLUMNS": "200"}).stdout.partition("To install it:")[2]
+    told = re.search(rf"^{shell}: ((?:.+\n)(?: +.+\n)*)", text, re.MULTILINE)
+    assert told is not None
+    program = f'set -e\nlmcache() {{ {shlex.join(LMCACHE)} "$@"; }}\n{told[1]}'
+    subprocess.run(["bash", "-c", program], env={**clean_environment(), "HOME": str(tmp_path)}, check=True)
+    assert (tmp_path / file).read_text().startswith(f"# {shell} completion for lmcache")
 
 
 def test_json_carries_the_script():

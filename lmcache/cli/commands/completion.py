@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from lmcache.cli.base import CommandParser
 
 INSTALL = """\
-bash: lmcache completion bash > ~/.local/share/bash-completion/completions/lmcache
+bash: mkdir -p ~/.local/share/bash-completion/completions
+      lmcache completion bash > ~/.local/share/bash-completion/completions/lmcache
 zsh:  lmcache completion zsh > "${fpath[1]}/_lmcache"
-fish: lmcache completion fish > ~/.config/fish/completions/lmcache.fish"""
+fish: mkdir -p ~/.config/fish/completions
+      lmcache completion fish > ~/.config/fish/completions/lmcache.fish"""
 FILE_METAVARS = ("FILE", "DIR")
 
 
