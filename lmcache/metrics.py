@@ -95,7 +95,7 @@ SPECS: tuple[MetricSpec, ...] = (
     ),
     _counter(
         "lmcache_lookup_chunks",
-        "Chunks asked for by LOOKUP, found in L1 at once or not.",
+        "Chunks that clients asked for by LOOKUP, found in L1 at once or not. A LOOKUP without a client does not count.",
         result=("hit", "miss"),
     ),
     _counter("lmcache_stored_chunks", "Chunks committed."),

@@ -532,8 +532,9 @@ class CacheService:
         first_hits = hit_chunks if found is None else found.l1_chunks
         if found is not None and client is None:  # nothing was pinned: all of it is of the moment when it was asked
             hit_chunks, l1_chunks = max(first_hits, found.hit_chunks), first_hits
-        self.metrics.count("lmcache_lookup_chunks", "hit", by=first_hits)
-        self.metrics.count("lmcache_lookup_chunks", "miss", by=num_chunks - first_hits)
+        if client is not None:  # else a person looks, and no engine could have used it
+            self.metrics.count("lmcache_lookup_chunks", "hit", by=first_hits)
+            self.metrics.count("lmcache_lookup_chunks", "miss", by=num_chunks - first_hits)
         status = HitStatus.HIT if hit_chunks else HitStatus.MISS
         reply = LookupReply(status=status, hit_chunks=hit_chunks, l1_chunks=l1_chunks)
         reply.l2_chunks = hit_chunks - first_hits

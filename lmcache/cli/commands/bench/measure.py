@@ -752,7 +752,7 @@ def _compare_with_server(
     run.evicted_chunks = policy
     # What a kept set lacks is lost, whatever else happened meanwhile.
     run.missing_explained = policy + cleared + by_others > 0 and run.settings["reuse"] is None
-    stores, retrieves, lookups = (_tallies(kind, reports) for kind in OperationKind)
+    stores, retrieves, _ = (_tallies(kind, reports) for kind in OperationKind)
     since = at_start if run.settings["verify_only"] else before
     run.counter_checks = {
         "stored_chunks": CounterCheck(workers=sum(t.asked_chunks for t in stores), server=_rise(since, after, "stored_chunks")),
@@ -760,8 +760,8 @@ def _compare_with_server(
             workers=sum(t.l1_chunks for t in retrieves), server=_rise(since, after, "retrieved_chunks")
         ),
         "lookup_hit_chunks": CounterCheck(
-            workers=sum(t.l1_chunks for t in lookups)
-            + sum(t.l1_chunks - t.l2_chunks for t in retrieves) * bool(at_start["l2"]),
+            # Of lookups that pin, as those before a retrieve do: the server counts no others.
+            workers=sum(t.l1_chunks - t.l2_chunks for t in retrieves) * bool(at_start["l2"]),
             server=_rise(since, after, "lookup_chunks", "hit"),
         ),
     }
