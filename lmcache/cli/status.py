@@ -72,10 +72,16 @@ class ModelView(msgspec.Struct):
 
 
 class Counters(msgspec.Struct):
-    """What `describe --watch` makes rates of."""
+    """What `describe --watch` makes rates of, and what made room."""
 
     stored_bytes: int = 0
     retrieved_bytes: int = 0
+    evicted_chunks: dict[str, int] = {}
+
+    @property
+    def num_evicted(self) -> int:
+        """Chunks that the policy has evicted; others were asked for."""
+        return sum(self.evicted_chunks.get(reason, 0) for reason in ("demand", "watermark"))
 
 
 class Setting(msgspec.Struct):
@@ -115,6 +121,12 @@ class View(msgspec.Struct):
     models: list[ModelView] = []
     counters: Counters = msgspec.field(default_factory=Counters)
     config: dict[str, Setting] = {}
+
+    @property
+    def watermark_ratio(self) -> float:
+        """The share of L1 in use above which the server evicts."""
+        value = self.config["eviction_watermark"].value if "eviction_watermark" in self.config else 1.0
+        return value if isinstance(value, float) else 1.0
 
 
 def fetch_status(url: Url, timeout: float) -> tuple[dict[str, Any], View]:

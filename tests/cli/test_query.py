@@ -1,13 +1,16 @@
 """`lmcache query kvcache` against a real server."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lmcache.cli.corpora import load_corpus
 from lmcache.cli.main import main
 from lmcache.cli.prompts import load_tokenizer, read_token_file
+from lmcache.cli.status import View, fetch_status
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import LMCacheError
 from lmcache.keys import chunk_keys
@@ -306,9 +309,24 @@ def test_a_round_trip_that_would_displace_what_is_cached_says_what_fits(
     words = ("query", "kvcache", "--round-trip", "--chunk-bytes")
     for count in ("64", "1000"):
         error = zmq_cli.refused(*words, "1MiB", "--chunks", count, code=1)
-        assert f"{count} chunks of 1.0 MiB would evict what is cached: 63.5 MiB of L1 are free\nhint: pass --chunks 63" in error
+        assert f"{count} chunks of 1.0 MiB would evict what is cached: 63.5 MiB of L1 are free\nhint: pass --chunks 60" in error
     assert "pass a smaller --chunk-bytes, or make room" in zmq_cli.refused(*words, "64MiB", "--chunks", "1", code=1)
+    document = zmq_cli.json(*words, "1MiB", "--chunks", "60")
+    assert (document["checksum"], document["evicted_chunks"]) == ("OK", 0)
     assert server.status()["l1"]["chunks"] == 8
+
+
+def test_a_round_trip_says_what_the_server_evicted_meanwhile(server: LmcacheServer, monkeypatch, capsys):
+    counts = iter([{"demand": 1, "watermark": 2, "clear": 3}, {"demand": 2, "watermark": 4, "clear": 9}])
+
+    def fetch(*args: Any) -> tuple[dict[str, Any], View]:
+        document, view = fetch_status(*args)
+        view.counters.evicted_chunks = next(counts)
+        return document, view
+
+    monkeypatch.setattr("lmcache.cli.status.fetch_status", fetch)
+    assert main(["query", "kvcache", "--round-trip", "--url", server.zmq_url, "--timeout", "120"]) == 0
+    assert re.search(r"^Evicted meanwhile: +3 chunks$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_pool_without_room_is_said():
@@ -318,6 +336,6 @@ def test_a_pool_without_room_is_said():
 
     with pytest.raises(LMCacheError, match="took 1 of 2 chunks; the others: FULL"):  # others were quicker
         check_stored([StoreOutcome.RESERVED, StoreOutcome.FULL])
-    check_room(L1View(capacity_bytes=8192, used_bytes=0), 2, 4096)
+    check_room(View(healthy=True, l1=L1View(capacity_bytes=8192, used_bytes=0)), 2, 4096)
     with pytest.raises(LMCacheError, match="0 bytes of L1 are free"):
-        check_room(L1View(capacity_bytes=8192, used_bytes=8192), 1, 1)
+        check_room(View(healthy=True, l1=L1View(capacity_bytes=8192, used_bytes=8192)), 1, 1)

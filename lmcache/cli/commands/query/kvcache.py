@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lmcache.cli.base import Answer, CommandParser, Url
     from lmcache.cli.output import Result
     from lmcache.cli.prompts import TokenizedPrompt
-    from lmcache.cli.status import L1View, ModelView
+    from lmcache.cli.status import ModelView, View
     from lmcache.client.kvcache import Buffer, KVCacheClient
     from lmcache.protocol import StoreOutcome
     from lmcache.transfer.paged import PagedKV
@@ -168,25 +168,33 @@ def round_trip(url: Url, args: Namespace) -> Result:
         )
     url = zmq_url(url, args.timeout)
     _, status = fetch_status(url, args.timeout)  # says who else may be there, and does not wait twice
-    check_room(status.l1, args.chunks, args.chunk_bytes)
+    check_room(status, args.chunks, args.chunk_bytes)
     with KVCacheClient(url.text, kind="cli", timeout_seconds=args.timeout, inline=args.inline) as client:
         if args.device == "cpu":
-            return _round_trip(client, HostBuffers(args.chunks, args.chunk_bytes))
-        configure_logging(os.environ.get(LEVEL_VARIABLE, "WARNING"))  # the copier's news are an engine's
-        return paged_round_trip(client, args.chunks, args.chunk_bytes, args.device, args.quiet)
+            result = _round_trip(client, HostBuffers(args.chunks, args.chunk_bytes))
+        else:
+            configure_logging(os.environ.get(LEVEL_VARIABLE, "WARNING"))  # the copier's news are an engine's
+            result = paged_round_trip(client, args.chunks, args.chunk_bytes, args.device, args.quiet)
+    # A pool that is almost full makes room beyond its watermark, for whoever stores.
+    num_evicted = max(0, fetch_status(url, args.timeout)[1].counters.num_evicted - status.counters.num_evicted)
+    result.put("evicted_chunks", num_evicted)
+    if num_evicted:
+        result.row("Evicted meanwhile", f"{num_evicted} chunks")
+    return result
 
 
-def check_room(l1: L1View, num_chunks: int, chunk_bytes: int) -> None:
+def check_room(status: View, num_chunks: int, chunk_bytes: int) -> None:
     """Return if so many chunks fit beside what is cached.
 
-    Raises: LMCacheError that says how many do.
+    Raises: LMCacheError that says how many do, and below the watermark, above which the server evicts ahead of need.
     """
     from lmcache.cli.output import format_bytes
     from lmcache.errors import LMCacheError
     from lmcache.pool import PAGE_BYTES
 
-    num_fitting = l1.free_bytes // (-(-chunk_bytes // PAGE_BYTES) * PAGE_BYTES)
-    if num_chunks > num_fitting:
+    l1, aligned_bytes = status.l1, -(-chunk_bytes // PAGE_BYTES) * PAGE_BYTES
+    if num_chunks * aligned_bytes > l1.free_bytes:
+        num_fitting = max(0, int(status.watermark_ratio * l1.capacity_bytes) - l1.used_bytes) // aligned_bytes
         raise LMCacheError(
             f"{num_chunks} chunks of {format_bytes(chunk_bytes)} would evict what is cached:"
             f" {format_bytes(l1.free_bytes)} of L1 are free",
