@@ -8,6 +8,7 @@ from lmcache.pool import PAGE_BYTES
 from lmcache.storage.l2.base import L2Error, Parts, Reason
 from lmcache.storage.l2.breaker import MAX_FAILURES
 from lmcache.storage.l2.value import HEADER_BYTES, check_value, unpack_header
+from lmcache.storage.l2.writeback import WriteAhead
 from lmcache.storage.manager import RemovalReason, Selection
 from tests.pools import content, key, present
 from tests.storage.tiered import name_of, put_value, tiered_in
@@ -265,6 +266,21 @@ def test_write_on_evict_writes_what_is_evicted_next(tmp_path: Path):
             tiered.store(number)
         tiered.settle()
         assert set(tiered.fake.values) == {name_of(number) for number in range(10)}
+
+
+def test_write_on_evict_writes_what_is_evicted_next_however_many_before_it_are_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(WriteAhead, "MAX_LOOKED_AT", 20)
+    with tiered_in(tmp_path, num_pages=100, watermark=0.9, ratio=0.1, write_on_evict=True) as tiered:
+        slots = [slot for number in range(60) for slot in tiered.store(number)]
+        tiered.manager.l1.pin(slots[:50])
+        assert next(tiered.manager.l1.evictable()) == slots[50]  # an eviction has walked past those that are pinned
+        for number in range(60, 80):
+            tiered.store(number)
+        tiered.settle()
+        assert set(tiered.fake.values) == {name_of(number) for number in range(50, 60)}
+        tiered.manager.l1.unpin(slots[:50])
 
 
 def test_a_pass_evicts_only_what_was_written(tmp_path: Path):

@@ -239,7 +239,7 @@ class WriteAhead:
             return
         ahead = 0
         chosen = []
-        for slot in itertools.islice(l1.policy.victims(), self.MAX_LOOKED_AT):
+        for slot in itertools.islice(l1.policy.candidates(), self.MAX_LOOKED_AT):
             if ahead >= self._ahead_pages:
                 break
             ahead += l1.num_pages(slot)
