@@ -270,14 +270,27 @@ def test_a_client_that_is_closed_while_a_thread_opens_its_socket_leaves_nothing(
             closer.join(0.3)  # enough to get to where it waits for this thread
         return made
 
+    connected, end = threading.Event(), threading.Event()
+
+    def use() -> None:
+        with contextlib.suppress(UnreachableError):
+            mq.connect()
+        connected.set()
+        assert end.wait(120)  # a thread that ended would take its socket along
+
     monkeypatch.setattr(zmq.Context, "socket", close_meanwhile)
-    with contextlib.suppress(UnreachableError):
-        mq.connect()
-    if not by_itself:
-        closer.join(60)
-        assert not closer.is_alive(), "close() hangs"
-    with pytest.raises(UnreachableError, match="is closed"):
-        mq.connect()
+    user = threading.Thread(target=use, daemon=True)
+    user.start()
+    try:
+        assert connected.wait(60), "close() hangs"
+        if not by_itself:
+            closer.join(60)
+            assert not closer.is_alive(), "close() hangs"
+        with pytest.raises(UnreachableError, match="is closed"):
+            mq.connect()
+    finally:
+        end.set()
+        user.join(60)
 
 
 def test_no_socket_is_closed_under_a_thread_that_waits_on_it(monkeypatch):
