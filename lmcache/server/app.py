@@ -7,13 +7,13 @@ import contextlib
 import ctypes
 import functools
 import os
+import queue
 import resource
 import secrets
 import signal
 import socket
 import stat
 import sys
-import threading
 import time
 from collections.abc import Iterable
 from concurrent import futures
@@ -87,7 +87,27 @@ class RunningServer:
         self.service.storage.close()
 
 
-def wait_for_room(config: ServerConfig, stop: threading.Event) -> None:
+class StopRequest:
+    """Set by a signal's handler. It may interrupt the thread that waits for it, which with an Event would wait for itself."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._asked: queue.SimpleQueue[None] = queue.SimpleQueue()  # its `put` may interrupt its `get`
+
+    def set(self) -> None:
+        """Ask for it."""
+        self.is_set = True
+        self._asked.put(None)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it is asked for, at most so long; tell whether it was."""
+        with contextlib.suppress(queue.Empty):
+            if not self.is_set:
+                self._asked.get(timeout=seconds)
+        return self.is_set
+
+
+def wait_for_room(config: ServerConfig, stop: StopRequest) -> None:
     """Return when engines have let go of the last server's pool, if that is what stands in the way of this one's.
 
     They notice that a server has gone within 3 s, and take 0.5 to 1 s a GiB to unpin and unmap its pool while they compute.
@@ -395,7 +415,7 @@ def run(args: argparse.Namespace) -> int:
 
     A stop that was asked for is a success: 0. 1 when the owner thread ended by itself.
     """
-    stop = threading.Event()
+    stop = StopRequest()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     config = config_from_args(args)
@@ -403,7 +423,7 @@ def run(args: argparse.Namespace) -> int:
     _keep_freed_memory()
     _allow_many_descriptors()
     wait_for_room(config, stop)
-    if stop.is_set():
+    if stop.is_set:
         return 0
     server = start_server(config)
     try:

@@ -14,7 +14,7 @@ from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import PoolSizeError, UsageError
 from lmcache.metrics import Metrics
 from lmcache.pool import PAGE_BYTES, PoolFile, PoolView, Presence
-from lmcache.server.app import main, start_server, wait_for_room
+from lmcache.server.app import StopRequest, main, start_server, wait_for_room
 from lmcache.storage import sizing
 from lmcache.storage.sizing import Limit
 from tests.pools import content, file_system_in_memory, keys, make_config, server_in, status_of, wait_until
@@ -193,7 +193,7 @@ def test_a_server_whose_pools_file_was_removed_is_not_well(tmp_path):
 def test_a_server_waits_for_the_last_ones_pool_that_engines_still_map(tmp_path, monkeypatch, caplog, ends_by):
     """Else it would refuse to start, and ask for a smaller pool, for the half minute that engines take to let go of 64 GiB."""
     caplog.set_level("INFO")
-    held, stop, looks = [4 << 30], threading.Event(), []
+    held, stop, looks = [4 << 30], StopRequest(), []
 
     def look(directory):
         looks.append(directory)
