@@ -134,9 +134,7 @@ class _Channel:
         self._is_connected = False
 
     def __enter__(self) -> None:
-        if (
-            self._thread_id in self._sockets.in_use
-        ):  # garbage collection interrupts a call, perhaps between two frames, to close a client
+        if self._thread_id in self._sockets.in_use:  # garbage collection interrupts it, perhaps between two frames
             raise UnreachableError(f"this thread is in the middle of another request to {self.url}")
         self._sockets.in_use.add(self._thread_id)
         try:
