@@ -206,15 +206,16 @@ class HttpClient:
             has_token = bool(os.environ.get(variable))
             message = f"{where} wants another token than that in {variable}" if has_token else f"{where} wants a token"
             return RemoteError(message, f"set {variable} to what {self.peer.name} asks for", "unauthorized")
-        if 300 <= answer.status < 400:
-            place = f", a redirect to {answer.location}" if answer.location else ""
+        if 300 <= answer.status < 400 and answer.location:
+            message = f"{where} answered HTTP {answer.status}, a redirect to {answer.location}"
             hint = "redirects are not followed: pass the address that answers itself"
-            return RefusedError(answer.status, f"{where} answered HTTP {answer.status}{place}", hint, "redirect")
+            return RefusedError(answer.status, message, hint, "redirect")
         error = answer.error
         hint = self.peer.log_hint if answer.status >= 500 else ""
         if "message" in error:
             return RefusedError(answer.status, error["message"], error.get("hint", hint), error.get("code", "remote"))
-        if "detail" in error or answer.status >= 500:
+        # Our server says in JSON what failed; of an engine, or a proxy before it, a page of HTML is all there may be.
+        if "detail" in error or (answer.status >= 500 and self.peer is not SERVER):
             told = f": {error['detail']}" if "detail" in error else ""
             return RefusedError(answer.status, f"{where} answered HTTP {answer.status}{told}", hint)
         return wrong_peer(self.url, f"{path} answered HTTP {answer.status}", self.peer)
