@@ -360,7 +360,7 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer", metavar="DIR", help="folder or cached name of the tokenizer (default: --model)")
     group.add_argument("--tokenize-with", metavar="URL", help="let the engine at URL tokenize")
     group.add_argument("--lora", type=_lora, metavar="NAME=PATH", help="the request's LoRA adapter, as vLLM was told of it")
-    group.add_argument("--cache-salt", default="", metavar="SALT", help="the request's cache salt")
+    group.add_argument("--cache-salt", type=_salt, metavar="SALT", help="the request's cache salt")
 
 
 def _lora(text: str) -> tuple[str, str]:
@@ -368,6 +368,12 @@ def _lora(text: str) -> tuple[str, str]:
     if not name or not separator or not path:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH, as in vLLM's --lora-modules")
     return name, path
+
+
+def _salt(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no salt; leave the option out for requests without one")
+    return text
 
 
 def prompt_options_given(args: Namespace, names: Iterable[str] = PROMPT_COMPANIONS) -> list[str]:

@@ -304,7 +304,7 @@ def keys_of(args: Namespace, model: ModelView, token_ids: list[int]) -> bytes:
 
     Raises: UsageError for more chunks than one message holds, or an adapter that cannot be read.
     """
-    namespace = model.namespace.for_request(lora=_label_of(args.lora), cache_salt=args.cache_salt)
+    namespace = model.namespace.for_request(lora=_label_of(args.lora), cache_salt=args.cache_salt or "")
     if len(token_ids) // namespace.chunk_size > MAX_CHUNKS:
         raise UsageError(
             f"the prompt has {len(token_ids)} tokens, more than {MAX_CHUNKS} chunks",

@@ -219,5 +219,10 @@ def test_evict_refuses_what_narrows_a_prompt_where_there_is_none(zmq_cli: Cli, k
     assert num_chunks(server) == 8
 
 
+def test_an_empty_salt_such_as_an_unset_variable_is_refused(zmq_cli: Cli, keys: bytes, server: LmcacheServer):
+    assert "'' is no salt" in zmq_cli.refused("kvcache", "evict", "--ratio", "100%", "--cache-salt", "")
+    assert num_chunks(server) == 8
+
+
 def test_evicting_an_unknown_model_lists_the_known_ones(zmq_cli: Cli, engine: KVCacheClient):
     assert MODEL in zmq_cli.refused("kvcache", "evict", "--model", "other", code=1)
