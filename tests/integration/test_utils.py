@@ -181,7 +181,7 @@ def test_another_checkpoint_in_the_same_folder_is_another_model(tmp_path):
         {"quantization": "fp8"},
         {"quantization_config": {"ignore": ["lm_head"]}},
         {"revision": "v2"},
-        {"max_model_len": 8192},  # LongRoPE takes other factors from some length on
+        {"original_max_model_len": 8192},  # LongRoPE takes other factors from some length on
         {"load": {"load_format": "dummy"}},
         {"load": {"model_loader_extra_config": {"tensorizer_uri": "s3://b/v2"}}},
         {"model_weights": "s3://b/v2"},
@@ -224,6 +224,12 @@ def test_kv_that_all_ranks_hold_is_one_shard_and_shared_only_by_as_many_ranks(tm
 def test_ranks_hold_the_same_only_where_both_the_model_and_its_kv_say_so(kind, use_mla, expected):
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(use_mla=use_mla))
     assert is_replicated(vllm_config, SimpleNamespace(kv_cache_groups=[make_group(kind)])) is expected
+
+
+def test_a_length_that_vllm_fits_to_the_free_memory_is_no_other_model(tmp_path):
+    layout = KVLayout(num_layers=1, num_planes=1, block_bytes=1, block_size=1, dtype="u8")
+    configs = [make_vllm_config(tmp_path, original_max_model_len=-1, max_model_len=fitted) for fitted in (9000, 9016)]
+    assert len({engine_namespace(config, layout).id for config in configs}) == 1
 
 
 def test_weights_that_are_made_up_are_those_of_their_seed(tmp_path):

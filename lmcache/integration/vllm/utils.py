@@ -189,7 +189,8 @@ def _model_revision(vllm_config: Any, num_copies: int) -> str:
         "dtype": str(model.dtype),
         "quantization": [str(model.quantization), getattr(model, "quantization_config", None)],
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
-        "max_model_len": getattr(model, "max_model_len", None),
+        # As it was asked for: what `auto` comes to depends on how much memory is free, and models were built before that.
+        "max_model_len": getattr(model, "original_max_model_len", None),
         "load": [load_format, getattr(load, "model_loader_extra_config", None)],
         "url": str(getattr(model, "model_weights", "")),
         "media": [getattr(media, name, None) for name in ("mm_processor_kwargs", "video_pruning_rate")],
