@@ -81,7 +81,7 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "PUT": {"namespace_id": 1, "rank": 3, "parent": bytes(32), "checksums": [1, 2**64 - 1]},
     "GET": {"rank": 3},
     "CLEAR": {"dry_run": True, "force": True, "timeout_seconds": 1.5, "tier": "l2"},
-    "EVICT": {"dry_run": True, "num_bytes": 1, "ratio": 0.5, "model": "m", "older_than_seconds": 2.0},
+    "EVICT": {"dry_run": True, "num_bytes": 1, "ratio": 0.5, "model": "m", "older_than_seconds": 2.0, "timeout_seconds": 3.0},
 }
 # By field: values that have its type and are out of its range.
 OUT_OF_RANGE: dict[str, list[Any]] = {
