@@ -24,7 +24,7 @@ from lmcache.server.args import (
     StorageManagerSettings,
     TelemetrySettings,
 )
-from lmcache.storage.manager import RemovalReason, StorageManager
+from lmcache.storage.manager import Removal, RemovalReason, Selection, StorageManager
 
 OWNER = bytes(range(16))
 OTHER = bytes(range(100, 116))
@@ -174,3 +174,11 @@ def server_in(directory: Path, *, leaves_pool: bool = False, **settings: Any) ->
         books.check()
         left = list(directory.glob(f"{NAME_PREFIX}*"))
         assert leaves_pool or not left, f"left behind: {left}"
+
+
+def remove(manager: StorageManager, selection: Selection, reason: RemovalReason, dry_run: bool) -> Removal:
+    """Remove what is selected, slice after slice, as the owner thread does with others' requests in between."""
+    sweep = manager.begin_removal(selection, reason, dry_run)
+    while sweep.num_left:
+        manager.advance(sweep)
+    return sweep.removal

@@ -16,6 +16,9 @@ from lmcache.keys import Namespace
 from lmcache.layout import KVLayout
 from lmcache.protocol import PinReport, Status
 
+# Why the server removes chunks by itself; the other reasons are requests.
+EVICTED_BY_POLICY = ("demand", "watermark")
+
 
 class ProtocolRange(msgspec.Struct):
     """The protocol versions that the server answers."""
@@ -81,7 +84,7 @@ class Counters(msgspec.Struct):
     @property
     def num_evicted(self) -> int:
         """Chunks that the policy has evicted; others were asked for."""
-        return sum(self.evicted_chunks.get(reason, 0) for reason in ("demand", "watermark"))
+        return sum(self.evicted_chunks.get(reason, 0) for reason in EVICTED_BY_POLICY)
 
 
 class Setting(msgspec.Struct):

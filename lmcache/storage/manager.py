@@ -289,13 +289,6 @@ class StorageManager:
         sweep.step(max_entries)
         self._tell_removed()
 
-    def remove(self, selection: Selection, reason: RemovalReason, dry_run: bool) -> Removal:
-        """Remove what is selected, in policy order, however long it takes."""
-        sweep = self.begin_removal(selection, reason, dry_run)
-        while sweep.num_left:
-            self.advance(sweep)
-        return sweep.removal
-
     # -- health -------------------------------------------------------------------------------------------------------
 
     def problems(self) -> list[str]:

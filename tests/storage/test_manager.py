@@ -12,7 +12,7 @@ from lmcache.pool import PAGE_BYTES
 from lmcache.protocol import StoreOutcome
 from lmcache.storage.l1 import L1Cache
 from lmcache.storage.manager import MAX_EVICTED_PER_PASS, RemovalReason, Selection
-from tests.pools import OTHER, OWNER, key, keys, manager_in, present, reserve, store
+from tests.pools import OTHER, OWNER, key, keys, manager_in, present, remove, reserve, store
 
 FULL, RESERVED = StoreOutcome.FULL, StoreOutcome.RESERVED
 
@@ -332,9 +332,9 @@ def removed_by(manager, **selection) -> tuple[set[int], int, int, int, int]:
     """Which chunks went, and the reply's four numbers. A dry run first must count the same and remove nothing."""
     before = present(manager, range(10))
     wanted = Selection(**selection)
-    dry = manager.remove(wanted, RemovalReason.REQUEST, dry_run=True)
+    dry = remove(manager, wanted, RemovalReason.REQUEST, dry_run=True)
     assert present(manager, range(10)) == before
-    removal = manager.remove(wanted, RemovalReason.REQUEST, dry_run=False)
+    removal = remove(manager, wanted, RemovalReason.REQUEST, dry_run=False)
     assert removal == dry
     gone = before - present(manager, range(10))
     assert (len(gone), len(gone) * PAGE_BYTES) == (removal.objects, removal.removed_bytes)
@@ -371,7 +371,7 @@ def test_removing_by_age_spares_what_was_used_since(filled, monkeypatch):
 
 def test_removing_keys_takes_all_ranks_of_them_once_and_nothing_else(filled):
     store(filled, 2, rank=3)
-    removal = filled.remove(Selection(keys=keys(2, 7, 2, 77)), RemovalReason.REQUEST, dry_run=False)
+    removal = remove(filled, Selection(keys=keys(2, 7, 2, 77)), RemovalReason.REQUEST, dry_run=False)
     assert (removal.objects, removal.kept_objects) == (2, 1)
     assert present(filled, range(10)) == set(range(10)) - {2}
     assert filled.l1.find(key(2), 3) is None
@@ -381,7 +381,7 @@ def test_each_removal_is_told_with_its_reason_and_bytes(tmp_path):
     told = []
     with manager_in(tmp_path, num_pages=8, on_removed=lambda *what: told.append(what)) as manager:
         store(manager, 1, num_bytes=5000)
-        manager.remove(Selection(), RemovalReason.CLEAR, dry_run=False)
+        remove(manager, Selection(), RemovalReason.CLEAR, dry_run=False)
     assert told == [(RemovalReason.CLEAR, 1, 5000)]
 
 

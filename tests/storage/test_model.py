@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lmcache.pool import PAGE_BYTES
 from lmcache.protocol import Placement, StoreOutcome
 from lmcache.storage.manager import RemovalReason, Selection
-from tests.pools import OTHER, OWNER, adopt_manager, content, crash, create_manager, key, keys, reserve
+from tests.pools import OTHER, OWNER, adopt_manager, content, crash, create_manager, key, keys, remove, reserve
 
 NUM_PAGES = 24
 NUM_SLOTS = 12
@@ -124,7 +124,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def remove(self, numbers: list[int] | None, max_bytes: int | None) -> None:
         selection = Selection(keys=None if numbers is None else keys(*numbers), max_bytes=max_bytes)
         before = {number: self.l1.placement(self.l1.find(key(number), 0)) for number in self.committed}
-        removal = self.manager.remove(selection, RemovalReason.REQUEST, dry_run=False)
+        removal = remove(self.manager, selection, RemovalReason.REQUEST, dry_run=False)
         self.forget_evicted()
         gone = set(before) - set(self.committed)
         self.dead_placements += [before[number] for number in gone]

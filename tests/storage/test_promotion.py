@@ -11,7 +11,7 @@ from lmcache.storage.l2.base import Reason
 from lmcache.storage.l2.breaker import MAX_FAILURES, BreakerState
 from lmcache.storage.manager import RemovalReason, Selection
 from lmcache.storage.promotion import MAX_ENTRIES
-from tests.pools import OWNER, content, key, keys, reserve, store
+from tests.pools import OWNER, content, key, keys, remove, reserve, store
 from tests.storage.tiered import name_of, put_value, tiered_in
 
 
@@ -372,7 +372,7 @@ def test_removing_the_pinned_prefix_is_not_possible_while_a_lookup_waits(tmp_pat
         put_value(tiered.fake, 1)
         tiered.fake.stop("get")
         assert tiered.begin(0, 1)
-        assert tiered.manager.remove(Selection(), RemovalReason.CLEAR, dry_run=False).kept_objects == 1
+        assert remove(tiered.manager, Selection(), RemovalReason.CLEAR, dry_run=False).kept_objects == 1
         tiered.fake.go()
         tiered.until(lambda: tiered.found)
 

@@ -10,7 +10,7 @@ from lmcache.storage.l2.breaker import MAX_FAILURES
 from lmcache.storage.l2.value import HEADER_BYTES, check_value, unpack_header
 from lmcache.storage.l2.writeback import WriteAhead
 from lmcache.storage.manager import RemovalReason, Selection
-from tests.pools import content, key, present
+from tests.pools import content, key, present, remove
 from tests.storage.tiered import name_of, put_value, tiered_in
 
 
@@ -145,7 +145,7 @@ def test_after_a_clear_of_the_tiers_nothing_counts_as_written(tmp_path: Path):
         tiered.settle()
         assert len(tiered.fake.values) == 6
         tiered.tiers.stop_moving()
-        tiered.manager.remove(Selection(), RemovalReason.CLEAR, dry_run=False)
+        remove(tiered.manager, Selection(), RemovalReason.CLEAR, dry_run=False)
         assert tiered.value("dropped_chunks", "removed") == 0  # all are in the tier
 
 
@@ -154,7 +154,7 @@ def test_removal_on_request_takes_chunks_out_of_the_queue(tmp_path: Path):
         tiered.fake.stop("lengths")
         tiered.store(0)
         tiered.store(1, 2)
-        tiered.manager.remove(Selection(), RemovalReason.CLEAR, dry_run=False)
+        remove(tiered.manager, Selection(), RemovalReason.CLEAR, dry_run=False)
         tiered.fake.go()
         tiered.settle()
         assert set(tiered.fake.values) == {name_of(0)}
@@ -188,7 +188,7 @@ def test_what_l1_keeps_is_written_again_after_a_clear_of_the_tiers(tmp_path: Pat
     with tiered_in(tmp_path, num_tiers=2) as tiered:
         tiered.store(*range(30))
         tiered.settle()
-        tiered.manager.remove(Selection(keys=key(7)), RemovalReason.REQUEST, dry_run=False)
+        remove(tiered.manager, Selection(keys=key(7)), RemovalReason.REQUEST, dry_run=False)
         clearing = tiered.tiers.clear(keeps_l1=True)
         tiered.until(lambda: clearing.is_done)
         tiered.settle()

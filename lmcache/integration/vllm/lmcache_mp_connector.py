@@ -88,15 +88,16 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         if is_worker:
             self._worker = WorkerHalf(client, config.staging_bytes, config.requires_native)
         else:
+            has_hashed_media = media_are_hashed(vllm_config)
             self._scheduler = SchedulerHalf(
                 client,
                 can_load=transfer.is_kv_consumer,
                 can_store=transfer.is_kv_producer,
                 saves_decode=config.saves_decode,
-                media_are_hashed=media_are_hashed(vllm_config),
+                media_are_hashed=has_hashed_media,
                 lookup_timeout_seconds=config.lookup_timeout_seconds,
             )
-            if not media_are_hashed(vllm_config):
+            if not has_hashed_media:
                 logger.warning("requests with images or sounds are not cached: %s", MEDIA_NOT_HASHED)
             logger.info("KV cache server: %s", config.url)
             if transfer.kv_load_failure_policy == "fail":

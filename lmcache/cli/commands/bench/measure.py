@@ -51,6 +51,7 @@ from lmcache.cli.commands.bench.workload import (
     lane_size,
 )
 from lmcache.cli.output import format_bytes, percentile
+from lmcache.cli.status import EVICTED_BY_POLICY
 from lmcache.client.mq import MessageQueueClient, check_reachable
 from lmcache.errors import InconclusiveError, LMCacheError, RemoteError, UnreachableError, UsageError
 from lmcache.protocol import MAX_CHUNK_BYTES, MAX_CHUNKS, PROTOCOL_VERSION, Status
@@ -746,7 +747,7 @@ def _compare_with_server(
     if after["boot"] != at_start["boot"]:
         run.notes.append("the server was restarted during the run: nothing is compared with its counters")
         return
-    policy = sum(_rise(at_start, after, "evicted_chunks", label) for label in ("demand", "watermark"))
+    policy = sum(_rise(at_start, after, "evicted_chunks", label) for label in EVICTED_BY_POLICY)
     cleared = _rise(at_start, after, "evicted_chunks", "clear")
     by_others = _rise(at_start, after, "evicted_chunks", "request") - sum(r.removed_chunks for r in reports)
     run.evicted_chunks = policy
