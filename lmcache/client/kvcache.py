@@ -264,13 +264,23 @@ class PinnedChunks:
             check_content: also compare the bytes with the checksum that was stored, where one was.
         Raises: StaleReadError, ChecksumError: throw away what was copied.
         """
+        self.compare(check_content)
+
+    def compare(self, with_content: bool) -> None:
+        """Do what `verify` does, which counts the chunks as read; before the copy too.
+
+        Raises: StaleReadError, ChecksumError.
+        """
         for placement, extent in zip(self.placements, self.extents, strict=True):
-            differs = check_content and placement.checksum and checksum(extent) != placement.checksum
+            differs = with_content and placement.checksum and checksum(extent) != placement.checksum
             # After the bytes were read, and first to be told: other bytes are no wonder in a slot that was freed.
             if not is_same_chunk(self._generation(placement), placement.generation):
                 raise StaleReadError(f"slot {placement.slot} was freed while it was read")
             if differs:
-                raise ChecksumError(f"chunk in slot {placement.slot} differs from what was stored")
+                raise ChecksumError(
+                    f"chunk in slot {placement.slot} differs from what was stored",
+                    hint="look for faulty memory, or who else writes to the pool; lmcache kvcache clear removes it",
+                )
 
     @property
     def are_kept(self) -> bool:

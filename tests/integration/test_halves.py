@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import logging
+import mmap
 import os
 import pickle
 import random
@@ -28,7 +30,8 @@ from lmcache.integration.vllm.steps import (  # noqa: E402
     StoreSpan,
     WorkerHello,
 )
-from lmcache.integration.vllm.worker import IDLE_LEAD_BYTES, LEAD_BYTES, WorkerHalf  # noqa: E402
+from lmcache.integration.vllm.utils import ConnectorConfig  # noqa: E402
+from lmcache.integration.vllm.worker import DEFAULT_CONFIG, IDLE_LEAD_BYTES, LEAD_BYTES, WorkerHalf  # noqa: E402
 from lmcache.keys import KEY_BYTES, Namespace, chunk_keys, split_keys  # noqa: E402
 from lmcache.layout import KVLayout  # noqa: E402
 from lmcache.pool import KEPT_SECONDS, PoolView  # noqa: E402
@@ -178,7 +181,15 @@ class Setup:
     """An engine with both halves attached to an emptied server. `worker`, `planes` and so on are the first rank's."""
 
     def __init__(
-        self, server, num_blocks=48, faults=None, saves_decode=False, make_copier=CpuCopier, shards=ONE_RANK, **engine
+        self,
+        server,
+        num_blocks=48,
+        faults=None,
+        saves_decode=False,
+        make_copier=CpuCopier,
+        shards=ONE_RANK,
+        config=DEFAULT_CONFIG,
+        **engine,
     ):
         with KVCacheClient(server.zmq_url) as client:
             client.mq.call(Clear())
@@ -194,7 +205,7 @@ class Setup:
         for rank in range(len(shards)):
             planes = [torch.full((num_blocks, BLOCK_BYTES), 0xEE, dtype=torch.uint8) for _ in range(NUM_LAYERS)]
             client = FaultyClient(server.zmq_url, *faults) if faults else KVCacheClient(server.zmq_url, kind="engine-worker")
-            worker = WorkerHalf(client)
+            worker = WorkerHalf(client, config)
             worker.start(make_copier(LAYOUT, planes), self.namespace, rank, len(shards))
             self.all_planes.append(planes)
             self.clients.append(client)
@@ -383,6 +394,39 @@ def test_a_chunk_that_is_gone_costs_exactly_its_own_blocks_and_those_after(serve
         for layer, plane in enumerate(setup.planes):
             loaded = [bytes(plane[block].tolist()) for block in range(20, 28)]
             assert loaded == expected[layer][:8]
+
+
+def flip_a_bit(server, chunk):
+    """Change one bit of a chunk in the pool, of which nobody is told."""
+    with open(server.pool_path, "r+b") as file, mmap.mmap(file.fileno(), 0) as pool:
+        pool[pool.find(chunk) + len(chunk) // 2] ^= 1
+
+
+@pytest.mark.parametrize("make_copier", [CpuCopier, LaterCopier])
+@pytest.mark.parametrize("knows_places", [True, False])
+def test_where_content_is_verified_a_chunk_with_a_flipped_bit_is_not_loaded(
+    server, monkeypatch, caplog, make_copier, knows_places
+):
+    monkeypatch.setattr(logging.getLogger("lmcache"), "propagate", True)
+    prompt, config = prompt_of(5, 41), ConnectorConfig(verifies_content=True)
+
+    def num_counted():
+        return server.status()["counters"]["retrieve_failed"]["checksum"]
+
+    counted_before = num_counted()
+    with Setup(server, make_copier=make_copier, config=config, has_prefix_cache=False) as setup:
+        setup.run(SimRequest("first", prompt, max_tokens=1))
+        setup.wait_for_stores()
+        setup.run(SimRequest("second", prompt, max_tokens=1))
+        assert (setup.engine.num_loaded_tokens, setup.engine.num_failed_loads) == (40, 0)
+        flip_a_bit(server, setup.stored_chunks(prompt)[2])
+        if not knows_places:
+            monkeypatch.setattr(setup.worker_client, "borrow", lambda placements, boot: None)
+        setup.run(SimRequest("third", prompt, max_tokens=1))  # compares what it computes from with what it should be
+        assert setup.engine.num_failed_loads == 1
+        wait_until(lambda: num_counted() == counted_before + 10, "the blocks are counted")
+    assert "a load of 5 chunks for request third failed after 0." in caplog.text
+    assert "differs from what was stored; hint: " in caplog.text
 
 
 @pytest.mark.parametrize("fault", FAULTS[:-1])

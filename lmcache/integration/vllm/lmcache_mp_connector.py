@@ -86,7 +86,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         self._worker: WorkerHalf | None = None
         self._scheduler: SchedulerHalf | None = None
         if is_worker:
-            self._worker = WorkerHalf(client, config.staging_bytes, config.requires_native)
+            self._worker = WorkerHalf(client, config)
         else:
             has_hashed_media = media_are_hashed(vllm_config)
             self._scheduler = SchedulerHalf(

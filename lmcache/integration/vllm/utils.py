@@ -50,6 +50,8 @@ class ConnectorConfig:
     cross_layer_blocks: bool = False
     # Do not start where KV on a GPU would be copied in the slower way.
     requires_native: bool = False
+    # Keep a checksum of each chunk stored, and load none whose bytes differ. Reads all bytes once more each way.
+    verifies_content: bool = False
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
@@ -68,6 +70,7 @@ class ConnectorConfig:
             "lmcache.mp.staging_mib": _mebibytes,
             "lmcache.mp.cross_layer_blocks": _flag,
             "lmcache.mp.require_native": _flag,
+            "lmcache.mp.verify_content": _flag,
         }
         for key in extra:
             if key.startswith(PREFIX) and key not in known:
@@ -94,6 +97,7 @@ class ConnectorConfig:
             staging_bytes=values.get("lmcache.mp.staging_mib", cls.staging_bytes),
             cross_layer_blocks=values.get("lmcache.mp.cross_layer_blocks", cls.cross_layer_blocks),
             requires_native=values.get("lmcache.mp.require_native", cls.requires_native),
+            verifies_content=values.get("lmcache.mp.verify_content", cls.verifies_content),
         )
 
 

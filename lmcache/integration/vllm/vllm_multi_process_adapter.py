@@ -266,7 +266,7 @@ class LMCacheMPWorkerAdapter:
             heartbeat_seconds=config.heartbeat_seconds,
             software=software("LMCacheMPConnectorUpstream"),
         )
-        self._half = WorkerHalf(self._client, config.staging_bytes, config.requires_native)
+        self._half = WorkerHalf(self._client, config)
         self._streams: dict[str, _TokenStream] = {}
         # Requests whose loads ended in this step, in the last one, and, with asynchronous scheduling, in that before.
         window = 2 if self._vllm_config.scheduler_config.async_scheduling else 1

@@ -62,6 +62,7 @@ NOT_NATIVE = (
     " hint: the log says what is wrong with Triton"
 )
 REFUSAL_HINT = "leave out --kv-transfer-config for this model"
+DEFAULT_CONFIG = ConnectorConfig()
 
 
 @dataclass
@@ -108,19 +109,11 @@ class WorkerHalf:
 
     Args:
         client: this process's own.
-        staging_bytes: memory of the device that copies may go through.
-        requires_native: refuse to start where the device's fast way of copying does not work.
     """
 
-    def __init__(
-        self,
-        client: KVCacheClient,
-        staging_bytes: int = ConnectorConfig.staging_bytes,
-        requires_native: bool = ConnectorConfig.requires_native,
-    ) -> None:
+    def __init__(self, client: KVCacheClient, config: ConnectorConfig = DEFAULT_CONFIG) -> None:
         self._client = client
-        self._staging_bytes = staging_bytes
-        self._requires_native = requires_native
+        self._config = config
         self._copier: ChunkCopier | None = None
         self._background: BackgroundStores | None = None
         self._held: set[str] = set()
@@ -143,7 +136,7 @@ class WorkerHalf:
         Args:
             kv_caches: one tensor a layer, by the layer's name; with `attn_backend` one tensor of all layers.
             kv_cache_config: vLLM's; without it the layers are asked for what they keep.
-        Raises: ValueError, which stops vLLM at start, if it `requires_native`.
+        Raises: ValueError, which stops vLLM at start, if the configuration `requires_native`.
         """
         from lmcache.transfer import make_copier
 
@@ -152,12 +145,12 @@ class WorkerHalf:
                 kv_caches = layers_of(kv_caches, attn_backend, kv_cache_config)
             config = kv_cache_config or ask_layers(kv_caches, vllm_config)
             layout, planes = read_layout(kv_caches, vllm_config, config)
-            copier = make_copier(layout, planes, staging_bytes=self._staging_bytes)
+            copier = make_copier(layout, planes, staging_bytes=self._config.staging_bytes)
             namespace = engine_namespace(vllm_config, layout, is_replicated(vllm_config, config))
         except Exception as exc:  # an engine that we do not understand serves on without us
             self.refuse(exc)
         else:
-            if self._requires_native and not copier.is_native:
+            if self._config.requires_native and not copier.is_native:
                 raise ValueError(NOT_NATIVE)
             parallel = vllm_config.parallel_config
             self.start(copier, namespace, parallel.rank, parallel.world_size)
@@ -235,10 +228,11 @@ class WorkerHalf:
 
     def _begin_load(self, span: ChunkSpan, plan_number: int = 0, is_awaited: bool = False) -> None:
         """Hand a load over. If vLLM awaits it, no step will need its blocks before it is named by `take_received`."""
+        started_at = time.monotonic()
         try:
             self._loading.append(self._start_transfer(span, plan_number, holds_back=not is_awaited))
         except Exception as exc:  # whatever it is, vLLM must hear which blocks are not filled
-            self._note_failure("load", exc)
+            self._note_failure("load", span, started_at, exc)
             self._end_load(span, 0, failure_reason(exc))
             if is_awaited:
                 self._received.add(span.request_id)
@@ -248,6 +242,8 @@ class WorkerHalf:
         pinned = self._pin(span)
         try:
             _check_lengths(pinned.extents, span.blocks_per_chunk * copier.layout.bytes_per_block)
+            if self._config.verifies_content:  # before any of it is on its way: a load may be named before it is over
+                pinned.compare(with_content=True)
             available = len(pinned.extents) * span.blocks_per_chunk - span.skip_blocks
             block_ids = span.block_ids[: max(0, available)]
             transfer = copier.begin_scatter(pinned.extents, block_ids, span.skip_blocks, holds_back)
@@ -335,7 +331,7 @@ class WorkerHalf:
         except Exception as exc:  # whatever it is, vLLM must hear which blocks are not filled
             if isinstance(exc, StuckTransferError):  # the chunks stay pinned: the device may still read them
                 load.transfer.hold_back()
-            self._note_failure("load", exc)
+            self._note_failure("load", load.span, load.started_at, exc)
             return self._end_load(load.span, 0, failure_reason(exc))
         if load.num_blocks < len(load.span.block_ids):
             self._log.warning(
@@ -379,12 +375,13 @@ class WorkerHalf:
             self._store_job(StoreJob(0, span, None))
 
     def _store_job(self, job: StoreJob) -> None:
+        started_at = time.monotonic()
         try:
             self._store(job)
         except CancelledTransferError as exc:
             logger.debug("%s", exc)
         except Exception as exc:  # a store that fails is a chunk that is not there next time
-            self._note_failure("store", exc)
+            self._note_failure("store", job.span, started_at, exc)
 
     def _store(self, job: StoreJob) -> None:
         span, copier = job.span, self._ready_copier()
@@ -407,7 +404,7 @@ class WorkerHalf:
                 self._is_stuck = True
                 reservation.keep_for_ever()
                 raise
-            reservation.commit()
+            reservation.commit(with_checksums=self._config.verifies_content)
             self._client.tally.add(decode_chunks=_num_stored_from(reservation.outcomes, span.num_prompt_chunks))
             if StoreOutcome.FULL in reservation.outcomes:
                 self._log.warning("full", "L1 is full of what is in use: a chunk was not stored")
@@ -417,12 +414,14 @@ class WorkerHalf:
             raise LMCacheError(self.hello.refusal)
         return self._copier
 
-    def _note_failure(self, what: str, exc: Exception) -> None:
+    def _note_failure(self, what: str, span: ChunkSpan, started_at: float, exc: Exception) -> None:
         """Log at most once per interval and kind; what is no error of ours, with its traceback."""
+        seconds = time.monotonic() - started_at
+        of_what = f"a {what} of {span.num_chunks} chunks for request {span.request_id}"
         if isinstance(exc, LMCacheError):
-            self._log.warning(type(exc).__name__, f"a {what} failed: {_with_hint(exc)}")
+            self._log.warning(type(exc).__name__, f"{of_what} failed after {seconds:.3f} s: {_with_hint(exc)}")
         else:
-            logger.error("a %s failed unexpectedly", what, exc_info=exc)
+            logger.error("%s failed unexpectedly after %.3f s", of_what, seconds, exc_info=exc)
 
     # -- after a step -----------------------------------------------------------------------------
 
