@@ -6,7 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lmcache.errors import LayoutMismatchError, UsageError
@@ -93,6 +93,7 @@ requests = st.tuples(
 )
 
 
+@example((("", "~0"), [], None), (None, [], None))  # the home of somebody that there is not
 @given(requests, requests)
 def test_requests_of_another_adapter_medium_or_tenant_never_share_a_key(one, other):
     adapters = Adapters()

@@ -264,7 +264,7 @@ class Adapters:
         """Return what stands for a request's adapter in its namespace."""
         try:
             digest = self._digest(lora.lora_path)
-        except (ImportError, OSError, ValueError):
+        except (ImportError, OSError, RuntimeError, ValueError):  # RuntimeError: `~name` of nobody
             digest = self._engine
         return adapter_label(lora.lora_name, lora.lora_path, digest)
 
