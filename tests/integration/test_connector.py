@@ -16,7 +16,8 @@ with warnings.catch_warnings():  # vLLM's and PyTorch's own, at import
 class Worker:
     """Notes what it is told to store."""
 
-    def __init__(self):
+    def __init__(self, copies_later=True):
+        self.copies_later = copies_later
         self.stored = []
         self.num_lingers = 0
         self.was_idle = []
@@ -35,7 +36,7 @@ class Worker:
 
     def take_received(self, is_idle):
         self.was_idle.append(is_idle)
-        return {f"received in {self.stored[-1]}"}
+        return {f"received in {self.stored[-1:]}"}
 
 
 @pytest.mark.parametrize("save_comes", ["before", "after", "never"])
@@ -47,10 +48,24 @@ def test_a_steps_chunks_are_stored_once_and_before_its_requests_are_released(sav
         connector.bind_connector_metadata(PlanMetadata(StepPlan(number=number)))
         if save_comes == "before":
             connector.wait_for_save()
-        assert connector.get_finished(set()) == ({f"after {[*range(1, number + 1)]}"}, {f"received in {number}"})
+        assert connector.get_finished(set()) == ({f"after {[*range(1, number + 1)]}"}, {f"received in {[number]}"})
         if save_comes == "after":
             connector.wait_for_save()
         connector.clear_connector_metadata()
+    assert worker.stored == [1, 2]
+
+
+def test_what_is_copied_at_once_is_stored_when_the_drafts_of_the_step_are_computed():
+    connector = object.__new__(LMCacheMPConnector)
+    connector._worker = worker = Worker(copies_later=False)
+    connector.bind_connector_metadata(PlanMetadata(StepPlan(number=1)))
+    connector.get_finished(set())
+    assert worker.stored == []
+    connector.wait_for_save()
+    assert worker.stored == [1]
+    connector.clear_connector_metadata()
+    connector.bind_connector_metadata(PlanMetadata(StepPlan(number=2, is_idle=True)))
+    connector.get_finished(set())
     assert worker.stored == [1, 2]
 
 

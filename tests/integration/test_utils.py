@@ -170,6 +170,25 @@ def make_vllm_config(folder, num_ranks=1, cache=None, load=None, lora=None, engi
     )
 
 
+def test_an_engine_with_another_draft_model_has_other_kv(tmp_path):
+    """The layers of a draft lie in the same blocks. One without layers of its own is named as the model itself."""
+    layout = KVLayout(num_layers=1, num_planes=1, block_bytes=1, block_size=1, dtype="u8")
+    for name in ("model", "draft", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode() * 100)
+
+    def revision(draft):
+        config = make_vllm_config(tmp_path / "model")
+        named = draft and SimpleNamespace(model=str(tmp_path / draft), revision=None, hf_config=SimpleNamespace())
+        config.speculative_config = SimpleNamespace(draft_model_config=named)
+        return engine_namespace(config, layout).revision
+
+    assert revision(None) == revision("model") == engine_namespace(make_vllm_config(tmp_path / "model"), layout).revision
+    revisions = {revision(draft) for draft in (None, "draft", "other")}
+    (tmp_path / "draft" / "model.safetensors").write_bytes(b"again" * 100)
+    assert len(revisions | {revision("draft")}) == 4
+
+
 def test_another_checkpoint_in_the_same_folder_is_another_model(tmp_path):
     layout = KVLayout(num_layers=1, num_planes=1, block_bytes=1, block_size=1, dtype="u8")
     weights = tmp_path / "model.safetensors"

@@ -191,11 +191,14 @@ class LMCacheMPConnector(KVConnectorBase_V1):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Return, each once, the ended requests whose blocks have been read, of those that `request_finished` kept, and the
         requests that need not wait for their loads any more."""
-        self.wait_for_save()  # vLLM 0.25 leaves it out in a step that computes nothing
         if self._worker is None:
             return None, None
         meta = self._connector_metadata
         is_idle = meta is not None and meta.plan.is_idle
+        # vLLM 0.25 leaves it out in a step that computes nothing. Where drafts follow, vLLM waits with it until their KV is
+        # there, as must what is copied at once; other stores begin with the next step, and from now on keep their blocks.
+        if is_idle or self._worker.copies_later:
+            self.wait_for_save()
         if is_idle:
             self._worker.linger()
         return self._worker.take_released() or None, self._worker.take_received(is_idle) or None
@@ -243,7 +246,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         """Plan the load of `num_external_tokens`, if any, into the request's blocks."""
         scheduler = self._scheduler_half()
         # Not guarded: vLLM counts on the load from here on. It is bookkeeping that cannot fail.
-        scheduler.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+        scheduler.allocated(request.request_id, only_group(blocks.get_block_ids()), num_external_tokens)
         if not num_external_tokens:
             with _as_a_miss(scheduler):
                 scheduler.free_pins(request.request_id)

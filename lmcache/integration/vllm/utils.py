@@ -203,6 +203,9 @@ def _model_revision(vllm_config: Any, num_copies: int) -> str:
     }
     if load_format == "dummy":
         parts["seed"] = model.seed
+    draft = getattr(getattr(vllm_config, "speculative_config", None), "draft_model_config", None)
+    if draft is not None and draft.model != model.model:  # its layers' KV is part of each block
+        parts["draft"] = _weights_of(draft, getattr(load, "download_dir", None))
     if num_copies > 1:
         parts["copies"] = str(num_copies)
     if not (commit or path.exists()):
@@ -210,6 +213,12 @@ def _model_revision(vllm_config: Any, num_copies: int) -> str:
         logger.warning("what is cached is of no use to other engines: no commit of %s is known; hint: --revision", model.model)
     text = json.dumps(parts, sort_keys=True, default=_described)
     return f"{commit}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _weights_of(model: Any, download_dir: str | None) -> list[str]:
+    """Return what tells a model's weights from others."""
+    path = Path(str(model.model))
+    return [str(model.model), _commit_of(model, download_dir), weights_digest(path) if path.exists() else ""]
 
 
 def _commit_of(model: Any, download_dir: str | None) -> str:

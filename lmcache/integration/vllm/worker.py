@@ -211,10 +211,10 @@ class WorkerHalf:
         if self._background is not None and self._background.is_gated and self._copier is not None:
             self._background.open_gate(self._copier.fence())
         for span in plan.loads:
-            self._begin_load(span, plan.number, is_awaited=self._copies_later)
+            self._begin_load(span, plan.number, is_awaited=self.copies_later)
         if plan.loads:
             self._last_load_plan = plan.number
-        if not self._copies_later:
+        if not self.copies_later:
             self.settle_loads()
 
     def load_span(self, span: ChunkSpan) -> bool:
@@ -223,7 +223,8 @@ class WorkerHalf:
         return self.settle_loads()
 
     @property
-    def _copies_later(self) -> bool:
+    def copies_later(self) -> bool:
+        """Whether loads and stores go on beside the steps."""
         return self.hello.copies_later
 
     def _begin_load(self, span: ChunkSpan, plan_number: int = 0, is_awaited: bool = False) -> None:
@@ -358,7 +359,7 @@ class WorkerHalf:
         if not plan.is_idle:
             self._settle_named()
         is_good = True
-        if not self._copies_later:
+        if not self.copies_later:
             self.settle_loads()
             is_good = plan.known_load_failures.get(self.hello.rank, 0) == self._load_failures
         stores = plan.stores if is_good and self.hello.is_storing else []
@@ -427,7 +428,7 @@ class WorkerHalf:
 
     def take_failed_blocks(self) -> set[int]:
         """Return, once, the blocks that loads did not fill."""
-        if not self._copies_later:
+        if not self.copies_later:
             self.settle_loads()
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
