@@ -21,8 +21,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from lmcache.client.kvcache import KVCacheClient
-from lmcache.errors import LMCacheError
-from lmcache.integration.vllm.scheduler import SchedulerHalf
+from lmcache.errors import LMCacheError, UsageError
+from lmcache.integration.vllm.scheduler import SchedulerHalf, only_group
 from lmcache.integration.vllm.steps import StepPlan, StepReport, WorkerHello
 from lmcache.integration.vllm.utils import ConnectorConfig, layout_of_joined_layers, media_are_hashed, software
 from lmcache.integration.vllm.worker import WorkerHalf
@@ -37,6 +37,11 @@ LAYERS_APART = (
 MEDIA_NOT_HASHED = (
     "with --no-enable-prefix-caching and --mm-processor-cache-gb 0 vLLM names them by a running number; hint: leave one of the"
     " two out"
+)
+
+ONE_OF_MANY = UsageError(
+    "what the other connectors of a MultiConnector load may be wrong without our knowing, and would be stored",
+    hint="name LMCacheMPConnector alone in --kv-transfer-config",
 )
 
 
@@ -87,6 +92,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         self._scheduler: SchedulerHalf | None = None
         if is_worker:
             self._worker = WorkerHalf(client, config)
+            self._is_one_of_many = _is_one_of_many()
         else:
             has_hashed_media = media_are_hashed(vllm_config)
             self._scheduler = SchedulerHalf(
@@ -142,6 +148,9 @@ class LMCacheMPConnector(KVConnectorBase_V1):
 
     def _register(self, kv_caches: Any, attn_backend: Any = None) -> None:
         assert self._worker is not None
+        if self._is_one_of_many:
+            self._worker.refuse(ONE_OF_MANY)
+            return
         self._worker.register(kv_caches, self._vllm_config, self._kv_cache_config, attn_backend)
         layout = self._worker.hello.layout
         if self._joins_layers and layout is not None and layout.num_layers > 1:
@@ -296,6 +305,15 @@ def _read_config(extra_config: Mapping[str, Any]) -> ConnectorConfig:
         return ConnectorConfig.read(extra_config)
     except LMCacheError as exc:
         raise ValueError(f"{exc}; hint: {exc.hint}") from exc
+
+
+def _is_one_of_many() -> bool:
+    """Tell whether vLLM makes this connector for a MultiConnector; it sets its configuration while it makes a worker's."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    transfer = config.kv_transfer_config if config is not None else None
+    return transfer is not None and transfer.kv_connector == "MultiConnector"
 
 
 @contextmanager

@@ -564,6 +564,8 @@ class SchedulerHalf:
 
 def _reason_against(hellos: Sequence[WorkerHello]) -> str:
     """Return why these workers cannot share a cache; "" when they can."""
+    if not hellos:
+        return "no worker of this plug-in has answered"
     for hello in hellos:
         if hello.refusal or hello.namespace is None:
             return hello.refusal
@@ -576,11 +578,16 @@ def _reason_against(hellos: Sequence[WorkerHello]) -> str:
     return ""
 
 
+def only_group(block_ids: Sequence[Sequence[int]]) -> list[int]:
+    """Return the blocks of the one KV group of an engine that is cached; of others there may be none, or several."""
+    return list(block_ids[0]) if block_ids else []
+
+
 def _scheduled_requests(output: Any) -> Iterable[tuple[str, list[int], bool, int]]:
     """Yield (request id, block ids, whether these are all its blocks, tokens computed before)."""
     for new in output.scheduled_new_reqs:
-        yield new.req_id, list(new.block_ids[0]), True, new.num_computed_tokens
+        yield new.req_id, only_group(new.block_ids), True, new.num_computed_tokens
     cached = output.scheduled_cached_reqs
     for request_id, new_blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
-        blocks = list(new_blocks[0]) if new_blocks is not None else []
+        blocks = only_group(new_blocks or ())
         yield request_id, blocks, request_id in cached.resumed_req_ids, computed

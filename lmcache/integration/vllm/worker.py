@@ -141,6 +141,7 @@ class WorkerHalf:
         from lmcache.transfer import make_copier
 
         try:
+            check_engine(vllm_config)
             if attn_backend is not None:
                 kv_caches = layers_of(kv_caches, attn_backend, kv_cache_config)
             config = kv_cache_config or ask_layers(kv_caches, vllm_config)
@@ -570,6 +571,20 @@ def layers_of(kv_cache: Any, attn_backend: Any, kv_cache_config: Any) -> dict[st
     return {name: layer for layer, part in zip(layers, parts, strict=True) for name in part.shared_by}
 
 
+def check_engine(vllm_config: Any) -> None:
+    """Return if a prompt's beginning may be left out of what the engine computes.
+
+    Raises: UsageError.
+    Source: vLLM 0.25.1 and 0.32, `ModelConfig.is_prefix_caching_supported`; models without attention are told from their KV.
+    """
+    model = vllm_config.model_config
+    if getattr(model, "pooler_config", None) is not None and not model.is_prefix_caching_supported:
+        raise UsageError(
+            "this pooling model needs all of a prompt computed at once; vLLM does not cache prefixes of it either",
+            hint=REFUSAL_HINT,
+        )
+
+
 def is_replicated(vllm_config: Any, kv_cache_config: Any) -> bool:
     """Tell whether all tensor parallel ranks hold the same KV: MLA has one latent vector a token, which is not split."""
     spec, _ = _only_group(kv_cache_config)
@@ -580,6 +595,8 @@ def _only_group(kv_cache_config: Any) -> tuple[Any, list[str]]:
     """Return the spec and the layers of the one KV group there may be."""
     groups = kv_cache_config.kv_cache_groups
     kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+    if len(groups) == 1 and getattr(groups[0].kv_cache_spec, "non_causal", False):
+        raise UsageError("KV that depends on later tokens cannot be cached", hint=REFUSAL_HINT)
     if len(groups) != 1 or kinds[0] not in SUPPORTED_KV_GROUPS or groups[0].is_eagle_group:
         drafts = " with draft layers" if any(group.is_eagle_group for group in groups) else ""
         raise UsageError(
