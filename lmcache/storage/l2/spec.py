@@ -67,9 +67,10 @@ def _bucket_folder(text: str) -> str:
 
 
 def _folder(text: str) -> str:
-    if not os.path.isabs(text) or "\0" in text or os.path.normpath(text) == "/":
+    path = "/" + os.path.normpath(text).lstrip("/")  # normpath keeps two leading slashes
+    if not os.path.isabs(text) or "\0" in text or path == "/":
         raise ValueError("expected an absolute path of a folder of its own, such as /var/cache/lmcache")
-    return os.path.normpath(text)
+    return path
 
 
 def _switch(text: str) -> bool:

@@ -24,6 +24,7 @@ def refused(text: str) -> tuple[str, str]:
     [
         ("fs:///var/cache/lmcache?capacity-gb=200", "fs", "fs:///var/cache/lmcache?capacity-gb=200"),
         ("fs:///a%20b/../c?direct_io=no", "fs", "fs:///c?direct-io=0"),
+        ("fs:////a//b/", "fs", "fs:///a/b"),
         ("redis://", "redis", "redis://localhost:6379/0"),
         ("redis://host", "redis", "redis://host:6379/0"),
         (f"redis://user:{SECRET}@host:1234/5?ttl-seconds=60", "redis", "redis://user:***@host:1234/5?ttl-seconds=60"),
@@ -71,6 +72,16 @@ def test_a_url_and_a_json_object_say_the_same_in_two_ways(text, name, redacted):
         (
             "fs:///",
             "L2 adapter fs: path '/': expected an absolute path of a folder of its own, such as /var/cache/lmcache",
+            "",
+        ),
+        (
+            "fs:////",
+            "L2 adapter fs: path '//': expected an absolute path of a folder of its own, such as /var/cache/lmcache",
+            "",
+        ),
+        (
+            '{"type": "fs", "path": "//a/.."}',
+            "L2 adapter fs: path '//a/..': expected an absolute path of a folder of its own, such as /var/cache/lmcache",
             "",
         ),
         ("redis://host?ttl-seconds=1.5", "L2 adapter redis: ttl-seconds '1.5': expected a whole number", ""),
