@@ -18,6 +18,7 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 import secrets
 import stat
 import threading
@@ -36,6 +37,10 @@ from lmcache.storage.l2.spec import AdapterSpec, FsSettings
 SUFFIX = ".kv"
 TEMP_FOLDER = "tmp"
 LOCK_SUFFIX = ".lock"
+WRITER_BYTES = 8
+# What writers leave in tmp/, and nothing else there is ours to remove.
+_LOCK_NAME = re.compile(rf"([0-9a-f]{{{2 * WRITER_BYTES}}}){re.escape(LOCK_SUFFIX)}")
+_TEMP_NAME = re.compile(rf"([0-9a-f]{{{2 * WRITER_BYTES}}})-[0-9]+")
 # No file of this file system can be locked: Lustre without `-o flock`, NFS whose lock manager is away.
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 # One file cannot be read, where others can.
@@ -90,7 +95,7 @@ class FsAdapter(L2Adapter):
         self._reserved = 0  # of values being written
         self._next_scan_at = 0.0
         self._is_scanning = False
-        self._writer = secrets.token_hex(8)
+        self._writer = secrets.token_hex(WRITER_BYTES)
         self._lock_fd: int | None = None
         self._numbers = itertools.count()
 
@@ -386,15 +391,11 @@ def _lock_if_possible(fd: int) -> bool:
 def _remove_temps_of_the_dead(folder: str) -> None:
     """Remove what writers left that hold no lock any more."""
     names = os.listdir(folder)
-    living = set()
+    locks = [match for name in names if (match := _LOCK_NAME.fullmatch(name))]
+    living = {match[1] for match in locks if not _remove_if_unlocked(f"{folder}/{match[0]}")}
     for name in names:
-        if name.endswith(LOCK_SUFFIX):
-            path = f"{folder}/{name}"
-            if not _remove_if_unlocked(path):
-                living.add(name.removesuffix(LOCK_SUFFIX))
-    for name in names:
-        writer, separator, _ = name.partition("-")
-        if separator and writer not in living:
+        match = _TEMP_NAME.fullmatch(name)
+        if match and match[1] not in living:
             with contextlib.suppress(OSError):
                 _unlink(f"{folder}/{name}")
 

@@ -20,6 +20,7 @@ from tests.storage.l2.test_contract import content, empty_parts, fetch, parts_of
 MIB = 1 << 20
 START_SECONDS = 60.0
 NUM_KILLS = 12
+WRITER_NAME = "0123456789abcdef"
 
 
 def url(directory: Path, mib: float = 64, **settings: object) -> str:
@@ -304,6 +305,31 @@ def check_values(adapter) -> list[str]:
     return found
 
 
+def test_only_what_a_writer_left_is_removed_from_the_folder_for_temporary_files(tmp_path, make):
+    """Others may have had a folder `tmp` there before."""
+    folder = tmp_path / "l2" / "tmp"
+    folder.mkdir(parents=True)
+    ours = {f"{WRITER_NAME}.lock", f"{WRITER_NAME}-0", f"{WRITER_NAME}-17", "f" * 16 + "-3"}
+    others = {
+        "backup-2026-11-01.tar",
+        "poetry.lock",
+        "model-1",
+        ".lock",
+        f"{WRITER_NAME}-",
+        f"{WRITER_NAME}-1.txt",
+        f"{WRITER_NAME}-1\n",
+        f"{WRITER_NAME}0-1",
+        f"{WRITER_NAME}0.lock",
+        f"{WRITER_NAME.upper()}-1",
+    }
+    for name in ours | others:
+        (folder / name).write_text("")
+    adapter = make(url(tmp_path))
+    adapter.ping()
+    adapter.close()
+    assert files_in(folder) == others
+
+
 def test_a_living_writers_file_is_left_alone(tmp_path, make, monkeypatch):
     """Another server starts while a value is written."""
     one, other = make(url(tmp_path)), make(url(tmp_path))
@@ -327,9 +353,9 @@ def test_a_file_system_without_locks_keeps_values_and_nobodys_temporary_file_is_
     monkeypatch.setattr("lmcache.pool.fcntl.flock", refuse)
     first = make(url(tmp_path))
     put(first, "a")
-    other = next(tmp_path.rglob("tmp")) / "abc-1"
+    other = next(tmp_path.rglob("tmp")) / f"{WRITER_NAME}-1"
     other.write_bytes(b"another server is at it")
-    other.with_name("abc.lock").write_bytes(b"")
+    other.with_name(f"{WRITER_NAME}.lock").write_bytes(b"")
     second = make(url(tmp_path))
     put(second, "b")
     assert fetch(second, "a", MIB) == content("a", MIB)
