@@ -25,7 +25,7 @@ import threading
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -108,10 +108,7 @@ class FsAdapter(L2Adapter):
             self._scan_if_due()
             with self._reservation(_on_disk(length)):
                 try:
-                    self._write(key, parts, length)
-                except FileNotFoundError:  # somebody removed our folders
-                    self._forget_writer()
-                    self._write(key, parts, length)
+                    self._with_folders(lambda: self._write(key, parts, length))
                 except OSError as exc:
                     # Others fill the disk too: what the capacity allows may not be there.
                     if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._evict(2 * _on_disk(length)):
@@ -191,15 +188,7 @@ class FsAdapter(L2Adapter):
     def ping(self) -> None:
         """Write a page and remove it."""
         with _as_l2_error("write", self._root):
-            temp = self._new_temp()
-            try:
-                fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                try:
-                    os.write(fd, bytes(PAGE_BYTES))
-                finally:
-                    os.close(fd)
-            finally:
-                _unlink(temp)
+            self._with_folders(self._write_page)
 
     def close(self) -> None:
         """See the contract."""
@@ -232,6 +221,25 @@ class FsAdapter(L2Adapter):
         except OSError:
             _unlink(temp)
             raise
+
+    def _write_page(self) -> None:
+        temp = self._new_temp()
+        try:
+            fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, bytes(PAGE_BYTES))
+            finally:
+                os.close(fd)
+        finally:
+            _unlink(temp)
+
+    def _with_folders(self, write: Callable[[], None]) -> None:
+        """Write; where somebody removed our folders, make them anew and write once more."""
+        try:
+            write()
+        except FileNotFoundError:
+            self._forget_writer()
+            write()
 
     def _remove(self, key: str) -> bool:
         is_there = _unlink(self._path(key))

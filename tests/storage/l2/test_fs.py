@@ -188,6 +188,16 @@ def test_the_folder_may_be_removed_and_comes_back(tmp_path, make):
     assert fetch(adapter, "a", MIB) == content("a", MIB)
 
 
+def test_a_ping_makes_folders_anew_that_somebody_removed(tmp_path, make):
+    """It is what closes the breaker after an operator has emptied a full disk."""
+    adapter = make(url(tmp_path))
+    put(adapter, "a")
+    (tmp_path / "l2").rename(tmp_path / "gone")
+    adapter.ping()
+    put(adapter, "a")
+    assert fetch(adapter, "a", MIB) == content("a", MIB)
+
+
 def test_files_that_are_no_values_are_neither_counted_nor_served_nor_removed(tmp_path, make):
     adapter = make(url(tmp_path))
     put(adapter, "a")
