@@ -87,7 +87,7 @@ class FsAdapter(L2Adapter):
     def __init__(self, spec: AdapterSpec) -> None:
         assert isinstance(spec.settings, FsSettings)
         self._root = spec.settings.path
-        self._capacity = int(spec.settings.capacity_gb * 2**30)
+        self._capacity = int(spec.settings.capacity_gb * 2**30)  # 0 until the folder was read, where it depends on that
         self._io = DirectIO(spec.settings.direct_io)
         self._mutex = threading.Lock()
         self._index: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
@@ -183,7 +183,7 @@ class FsAdapter(L2Adapter):
         with _as_l2_error("read", self._root):
             self._scan_if_due()
         with self._mutex:
-            return Usage(used_bytes=self._used, capacity_bytes=self._capacity, objects=len(self._index))
+            return Usage(used_bytes=self._used, capacity_bytes=self._capacity or None, objects=len(self._index))
 
     def ping(self) -> None:
         """Write a page and remove it."""
@@ -293,17 +293,29 @@ class FsAdapter(L2Adapter):
     @contextlib.contextmanager
     def _reservation(self, size: int) -> Iterator[None]:
         """Evict until a value of this size fits; its place is taken while it is written."""
-        if size > self._capacity:
-            raise L2Error(f"a value of {size} bytes is larger than {self._root} may be", "raise capacity-gb", Reason.FULL)
+        if size > (limit := self._capacity or self._share_of_free()):
+            message = f"a value of {size} bytes is larger than the {limit} that {self._root} may take"
+            raise L2Error(message, "raise capacity-gb, or make room", Reason.FULL)
         with self._mutex:
             self._reserved += size
         try:
-            while (excess := self._used + self._reserved - self._capacity) > 0 and self._evict(excess):
+            while (excess := self._excess()) > 0 and self._evict(excess):
                 pass
             yield
         finally:
             with self._mutex:
                 self._reserved -= size
+
+    def _excess(self) -> int:
+        """Return by how many bytes the values take too much. Before the capacity is known only what is free is a bound."""
+        if not self._capacity:
+            return self._reserved - self._share_of_free()
+        return self._used + self._reserved - self._capacity
+
+    def _share_of_free(self) -> int:
+        os.makedirs(self._root, mode=0o700, exist_ok=True)
+        disk = os.statvfs(self._root)
+        return int(disk.f_bavail * disk.f_frsize * DEFAULT_SHARE_OF_FREE)
 
     def _evict(self, num_bytes: int) -> int:
         """Remove least recently used values until so many bytes are gone or none is left; return how many went."""
@@ -335,14 +347,11 @@ class FsAdapter(L2Adapter):
         started, began_at = time.monotonic(), time.time()
         try:
             os.makedirs(self._root, mode=0o700, exist_ok=True)
-            is_first_of_default = not self._capacity
-            if is_first_of_default:  # what other threads write meanwhile needs a bound too
-                disk = os.statvfs(self._root)
-                self._capacity = int(disk.f_bavail * disk.f_frsize * DEFAULT_SHARE_OF_FREE)
             found = {key: _Entry(_on_disk(state.st_size), state.st_mtime, state.st_mtime) for key, state in self._files()}
+            room = 0 if self._capacity else self._share_of_free()
             with self._mutex:
                 self._merge(found, began_at)
-                self._capacity += self._used if is_first_of_default else 0
+                self._capacity = self._capacity or self._used + room
                 took = time.monotonic() - started
                 self._next_scan_at = time.monotonic() + max(RESCAN_SECONDS, 100 * took)
         finally:

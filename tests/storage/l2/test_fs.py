@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -130,6 +132,64 @@ def test_without_a_capacity_four_fifths_of_the_free_space_are_used(tmp_path, mak
     put(adapter, "a")
     disk = os.statvfs(tmp_path)
     assert adapter.usage().capacity_bytes == pytest.approx(disk.f_bavail * disk.f_frsize * 0.8, rel=0.1)
+
+
+def has_4_mib_free(path: str) -> SimpleNamespace:
+    return SimpleNamespace(f_bavail=1024, f_frsize=4096)
+
+
+def failing_once(real: Callable, number: int) -> Callable:
+    """What `real` does, but for the first call: that fails with this errno."""
+    errors = [OSError(number, os.strerror(number))]
+
+    def call(path: str) -> object:
+        if errors:
+            raise errors.pop()
+        return real(path)
+
+    return call
+
+
+def test_a_reading_that_fails_does_not_make_the_default_capacity_smaller(tmp_path, make, monkeypatch):
+    first = make(url(tmp_path))
+    for key in "abcdefgh":
+        put(first, key)
+    monkeypatch.setattr(os, "statvfs", has_4_mib_free)
+    monkeypatch.setattr(os, "scandir", failing_once(os.scandir, errno.ESTALE))
+    adapter = make(f"fs://{tmp_path}/l2")
+    with pytest.raises(L2Error):
+        adapter.usage()
+    adapter._next_scan_at = 0.0  # as if the time had passed
+    put(adapter, "i")
+    usage = adapter.usage()
+    assert (usage.objects, usage.capacity_bytes) == (9, 8 * MIB + int(4 * MIB * 0.8))
+
+
+def test_what_is_put_before_the_default_capacity_is_known_is_kept(tmp_path, make, monkeypatch):
+    """Another thread is at the first reading, on a mount that is slow to answer."""
+    adapter = make(f"fs://{tmp_path}/l2")
+    real = os.statvfs
+
+    def statvfs(path: str) -> os.statvfs_result:
+        monkeypatch.setattr(os, "statvfs", real)
+        put(adapter, "b")
+        assert adapter.usage().capacity_bytes is None
+        return real(path)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    adapter.usage()
+    assert adapter.lengths(["b"]) == [MIB]
+    assert adapter.usage().capacity_bytes
+
+
+def test_before_the_default_capacity_is_known_what_is_free_is_the_bound(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", has_4_mib_free)
+    adapter = make(f"fs://{tmp_path}/l2")
+    adapter._is_scanning = True  # another thread
+    put(adapter, "a", 3 * MIB)
+    with pytest.raises(L2Error, match="larger than") as caught:
+        put(adapter, "b", 4 * MIB)
+    assert caught.value.code == "full"
 
 
 def test_two_servers_share_a_folder_and_keep_it_within_its_capacity(tmp_path, make, monkeypatch):
