@@ -29,10 +29,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
+from lmcache.log import RateLimitedLog, init_logger
 from lmcache.pool import try_lock
 from lmcache.storage.l2.base import L2Adapter, L2Error, Parts, Reason, Usage, check_length
 from lmcache.storage.l2.direct import DirectIO
 from lmcache.storage.l2.spec import AdapterSpec, FsSettings
+
+logger = init_logger(__name__)
 
 SUFFIX = ".kv"
 TEMP_FOLDER = "tmp"
@@ -45,8 +48,11 @@ _TEMP_NAME = re.compile(rf"([0-9a-f]{{{2 * WRITER_BYTES}}})-[0-9]+")
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 # One file cannot be read, where others can.
 _DAMAGED = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
+# One file or folder is not what it was or cannot be looked at.
+_NOT_THERE = (*_DAMAGED, errno.ENOTDIR, errno.ELOOP)
 PAGE_BYTES = 4096
-# What other servers wrote is seen after this long, or after a hundred times what reading the folder took.
+# What other servers wrote is seen after this long, or after a hundred times what reading the folder took if that is longer; a
+# reading that failed is tried again after the shorter of both.
 RESCAN_SECONDS = 60.0
 # How much older than now a last use on disk may be: each noting of it is a write of metadata.
 USE_GRAIN_SECONDS = 60.0
@@ -98,6 +104,7 @@ class FsAdapter(L2Adapter):
         self._writer = secrets.token_hex(WRITER_BYTES)
         self._lock_fd: int | None = None
         self._numbers = itertools.count()
+        self._log = RateLimitedLog(logger)
 
     # -- the contract ------------------------------------------------------------------------------
 
@@ -200,10 +207,21 @@ class FsAdapter(L2Adapter):
         return f"{self._root}/{zlib.crc32(key.encode()) & 0xFF:02x}/{key}{SUFFIX}"
 
     def _length(self, key: str) -> int | None:
+        path = self._path(key)
         try:
-            return os.stat(self._path(key)).st_size
-        except FileNotFoundError:
-            return None
+            return os.stat(path).st_size
+        except OSError as exc:
+            self._pass_over(path, exc)
+        return None
+
+    def _pass_over(self, path: str, exc: OSError) -> None:
+        """Return if a file or folder is gone or damaged; raise the error when it is not of this one only."""
+        if isinstance(exc, FileNotFoundError):
+            return
+        if exc.errno not in _NOT_THERE:
+            raise exc
+        os.statvfs(f"{self._root}/")  # an NFS server that is away is EIO, too, and then this fails as well
+        self._log.warning("damaged", f"L2 fs: {path} counts as not there: {exc.strerror}")
 
     def _write(self, key: str, parts: Parts, length: int) -> None:
         path, temp = self._path(key), self._new_temp()
@@ -251,15 +269,25 @@ class FsAdapter(L2Adapter):
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
         """Yield the key and the state of each file that is named as a value is."""
         for number in range(256):
-            with contextlib.suppress(FileNotFoundError), os.scandir(f"{self._root}/{number:02x}") as files:
-                for file in files:
-                    key = file.name.removesuffix(SUFFIX)
-                    if key == file.name or zlib.crc32(key.encode(errors="replace")) & 0xFF != number:
-                        continue
-                    with contextlib.suppress(FileNotFoundError):
-                        found = file.stat(follow_symlinks=False)
-                        if stat.S_ISREG(found.st_mode):
-                            yield key, found
+            folder = f"{self._root}/{number:02x}"
+            try:
+                yield from self._files_in(folder, number)
+            except OSError as exc:
+                self._pass_over(folder, exc)
+
+    def _files_in(self, folder: str, number: int) -> Iterator[tuple[str, os.stat_result]]:
+        with os.scandir(folder) as files:
+            for file in files:
+                key = file.name.removesuffix(SUFFIX)
+                if key == file.name or zlib.crc32(key.encode(errors="replace")) & 0xFF != number:
+                    continue
+                try:
+                    found = file.stat(follow_symlinks=False)
+                except OSError as exc:
+                    self._pass_over(file.path, exc)
+                    continue
+                if stat.S_ISREG(found.st_mode):
+                    yield key, found
 
     # -- one writer's temporary files --------------------------------------------------------------
 
@@ -352,8 +380,10 @@ class FsAdapter(L2Adapter):
             with self._mutex:
                 self._merge(found, began_at)
                 self._capacity = self._capacity or self._used + room
-                took = time.monotonic() - started
-                self._next_scan_at = time.monotonic() + max(RESCAN_SECONDS, 100 * took)
+                self._next_scan_at = time.monotonic() + max(RESCAN_SECONDS, 100 * (time.monotonic() - started))
+        except OSError:
+            self._next_scan_at = time.monotonic() + min(RESCAN_SECONDS, 100 * (time.monotonic() - started))
+            raise
         finally:
             self._is_scanning = False
 

@@ -138,9 +138,9 @@ def has_4_mib_free(path: str) -> SimpleNamespace:
     return SimpleNamespace(f_bavail=1024, f_frsize=4096)
 
 
-def failing_once(real: Callable, number: int) -> Callable:
-    """What `real` does, but for the first call: that fails with this errno."""
-    errors = [OSError(number, os.strerror(number))]
+def failing_first(real: Callable, number: int, times: int = 1) -> Callable:
+    """What `real` does, but for the first calls: those fail with this errno."""
+    errors = [OSError(number, os.strerror(number)) for _ in range(times)]
 
     def call(path: str) -> object:
         if errors:
@@ -155,7 +155,7 @@ def test_a_reading_that_fails_does_not_make_the_default_capacity_smaller(tmp_pat
     for key in "abcdefgh":
         put(first, key)
     monkeypatch.setattr(os, "statvfs", has_4_mib_free)
-    monkeypatch.setattr(os, "scandir", failing_once(os.scandir, errno.ESTALE))
+    monkeypatch.setattr(os, "scandir", failing_first(os.scandir, errno.ESTALE))
     adapter = make(f"fs://{tmp_path}/l2")
     with pytest.raises(L2Error):
         adapter.usage()
@@ -278,6 +278,98 @@ def test_only_its_user_can_read_a_value(tmp_path, make):
     put(make(url(tmp_path)), "a")
     for path in [tmp_path / "l2", *(tmp_path / "l2").rglob("*")]:
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+# -- damage ----------------------------------------------------------------------------------------
+
+
+def failing_at(real: Callable, path: Path, number: int) -> Callable:
+    """What `real` does, but for one path: that fails with this errno."""
+
+    def call(asked: str, *args: object, **settings: object) -> object:
+        if asked == str(path):
+            raise OSError(number, os.strerror(number), asked)
+        return real(asked, *args, **settings)
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EUCLEAN, errno.EBADMSG])
+def test_a_file_that_cannot_be_looked_at_is_a_miss_and_the_others_are_found(tmp_path, make, monkeypatch, number):
+    adapter = make(url(tmp_path))
+    put(adapter, "a")
+    put(adapter, "b")
+    [path] = tmp_path.rglob("a.kv")
+    monkeypatch.setattr(os, "stat", failing_at(os.stat, path, number))
+    assert adapter.lengths(["a", "b"]) == [None, MIB]
+
+
+def test_a_file_system_that_is_away_is_no_miss(tmp_path, make, monkeypatch):
+    """A soft NFS mount says EIO of each file: its breaker must open."""
+    adapter = make(url(tmp_path))
+    put(adapter, "a")
+    [path] = tmp_path.rglob("a.kv")
+    monkeypatch.setattr(os, "stat", failing_at(os.stat, path, errno.EIO))
+    monkeypatch.setattr(os, "scandir", failing_at(os.scandir, path.parent, errno.EIO))
+    monkeypatch.setattr(os, "statvfs", failing_first(os.statvfs, errno.EIO, times=3))
+    adapter._next_scan_at = 0.0
+    with pytest.raises(L2Error):
+        adapter.lengths(["a"])
+    with pytest.raises(L2Error):
+        adapter.usage()
+    assert adapter._index
+
+
+def test_of_a_folder_that_cannot_be_read_only_its_values_are_missed(tmp_path, make, monkeypatch, caplog):
+    first = make(url(tmp_path))
+    for key in "abc":
+        put(first, key)
+    [path] = tmp_path.rglob("a.kv")
+    monkeypatch.setattr(os, "scandir", failing_at(os.scandir, path.parent, errno.EUCLEAN))
+    adapter = make(url(tmp_path))
+    assert adapter.usage().objects == 2
+    assert adapter.clear() == 2
+    assert caplog.text.count(str(path.parent)) == 1
+
+
+@pytest.mark.parametrize("what", ["file", "loop"])
+def test_what_is_no_folder_between_the_others_is_passed_over(tmp_path, make, what):
+    first = make(url(tmp_path))
+    for key in "abc":
+        put(first, key)
+    [path] = tmp_path.rglob("a.kv")
+    path.parent.rename(tmp_path / "gone")
+    if what == "file":
+        path.parent.write_text("")
+    else:
+        path.parent.symlink_to(path.parent)
+    adapter = make(url(tmp_path))
+    assert adapter.lengths(["a", "b", "c"]) == [None, MIB, MIB]
+    put(adapter, "b")
+    assert adapter.usage().objects == 2
+
+
+def test_a_reading_that_took_long_and_failed_is_not_repeated_by_every_write(tmp_path, make, monkeypatch):
+    clock = time.monotonic()
+    monkeypatch.setattr(fs_module.time, "monotonic", lambda: clock)
+    calls = []
+
+    def scandir(path: str) -> None:
+        nonlocal clock
+        clock += 1.0
+        calls.append(path)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    adapter = make(url(tmp_path))
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(L2Error):
+        put(adapter, "a")
+    put(adapter, "a")
+    assert len(calls) == 1
+    clock += fs_module.RESCAN_SECONDS
+    with pytest.raises(L2Error):
+        put(adapter, "a")
+    assert len(calls) == 2
 
 
 # -- direct I/O ------------------------------------------------------------------------------------
