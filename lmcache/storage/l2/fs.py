@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import heapq
 import itertools
 import os
 import re
@@ -26,6 +27,7 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import msgspec
 
@@ -36,6 +38,8 @@ from lmcache.storage.l2.direct import DirectIO
 from lmcache.storage.l2.spec import AdapterSpec, FsSettings
 
 logger = init_logger(__name__)
+
+T = TypeVar("T")
 
 SUFFIX = ".kv"
 TEMP_FOLDER = "tmp"
@@ -51,6 +55,9 @@ _DAMAGED = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
 # One file or folder is not what it was or cannot be looked at.
 _NOT_THERE = (*_DAMAGED, errno.ENOTDIR, errno.ELOOP)
 PAGE_BYTES = 4096
+NUM_FOLDERS = 256
+# So many values of the index are looked at while others wait for it: some milliseconds.
+SLICE_VALUES = 2048
 # What other servers wrote is seen after this long, or after a hundred times what reading the folder took if that is longer; a
 # reading that failed is tried again after the shorter of both.
 RESCAN_SECONDS = 60.0
@@ -77,11 +84,18 @@ _REASONS = {
 
 
 class _Entry(msgspec.Struct):
-    """One value in the index: the bytes it takes on disk, and the time of its last use, also as it is noted on disk."""
+    """One value in the index: the bytes it takes on disk, and the time of its last use, also as it is noted on disk.
+
+    `reading`: number of the last reading of the folder that found it, or during which it was used.
+    """
 
     size: int
     used_at: float
     noted_at: float
+    reading: int
+
+
+_News = tuple[float, str, int]  # last use, key and size of a value that another server wrote or used
 
 
 class FsAdapter(L2Adapter):
@@ -100,6 +114,8 @@ class FsAdapter(L2Adapter):
         self._used = 0
         self._reserved = 0  # of values being written
         self._next_scan_at = 0.0
+        self._num_readings = 0
+        self._is_read = False
         self._is_scanning = False
         self._writer = secrets.token_hex(WRITER_BYTES)
         self._lock_fd: int | None = None
@@ -267,13 +283,15 @@ class FsAdapter(L2Adapter):
         return is_there
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield the key and the state of each file that is named as a value is."""
-        for number in range(256):
-            folder = f"{self._root}/{number:02x}"
-            try:
-                yield from self._files_in(folder, number)
-            except OSError as exc:
-                self._pass_over(folder, exc)
+        """Return the key and the state of each file that is named as a value is."""
+        return itertools.chain.from_iterable(map(self._files_of, range(NUM_FOLDERS)))
+
+    def _files_of(self, number: int) -> Iterator[tuple[str, os.stat_result]]:
+        folder = f"{self._root}/{number:02x}"
+        try:
+            yield from self._files_in(folder, number)
+        except OSError as exc:
+            self._pass_over(folder, exc)
 
     def _files_in(self, folder: str, number: int) -> Iterator[tuple[str, os.stat_result]]:
         with os.scandir(folder) as files:
@@ -314,9 +332,13 @@ class FsAdapter(L2Adapter):
     def _note(self, key: str, size: int, noted_at: float) -> None:
         """Make a value the most recently used; the file has `noted_at`."""
         with self._mutex:
-            entry = self._index.pop(key, None)
-            self._used += size - (entry.size if entry else 0)
-            self._index[key] = _Entry(size, time.time(), noted_at)
+            self._insert(key, _Entry(size, time.time(), noted_at, self._num_readings))
+
+    def _insert(self, key: str, entry: _Entry) -> None:
+        """Put a value at the end of the index, and not where it was. The mutex is held."""
+        known = self._index.pop(key, None)
+        self._used += entry.size - (known.size if known else 0)
+        self._index[key] = entry
 
     @contextlib.contextmanager
     def _reservation(self, size: int) -> Iterator[None]:
@@ -359,8 +381,7 @@ class FsAdapter(L2Adapter):
                 if used_at > entry.used_at + USE_GRAIN_SECONDS:  # another server uses it
                     with self._mutex:
                         if key not in self._index:
-                            self._index[key] = _Entry(entry.size, used_at, used_at)
-                            self._used += entry.size
+                            self._insert(key, _Entry(entry.size, used_at, used_at, self._num_readings))
                     continue
             _unlink(self._path(key))
             gone += entry.size
@@ -372,30 +393,79 @@ class FsAdapter(L2Adapter):
             if self._is_scanning or time.monotonic() < self._next_scan_at:
                 return
             self._is_scanning = True
-        started, began_at = time.monotonic(), time.time()
+        started = time.monotonic()
         try:
             os.makedirs(self._root, mode=0o700, exist_ok=True)
-            found = {key: _Entry(_on_disk(state.st_size), state.st_mtime, state.st_mtime) for key, state in self._files()}
-            room = 0 if self._capacity else self._share_of_free()
-            with self._mutex:
-                self._merge(found, began_at)
-                self._capacity = self._capacity or self._used + room
-                self._next_scan_at = time.monotonic() + max(RESCAN_SECONDS, 100 * (time.monotonic() - started))
+            self._read_folder()
+            if not self._capacity:
+                room = self._share_of_free()
+                with self._mutex:
+                    self._capacity = self._used + room
+            self._next_scan_at = time.monotonic() + max(RESCAN_SECONDS, 100 * (time.monotonic() - started))
         except OSError:
             self._next_scan_at = time.monotonic() + min(RESCAN_SECONDS, 100 * (time.monotonic() - started))
             raise
         finally:
             self._is_scanning = False
 
-    def _merge(self, found: dict[str, _Entry], began_at: float) -> None:
-        """Replace the index by what was found, but for what changed meanwhile: those entries are the newer ones."""
-        for key, entry in self._index.items():
-            if key in found:
-                found[key].used_at = max(found[key].used_at, entry.used_at)
-            elif entry.used_at >= began_at:
-                found[key] = entry
-        self._index = OrderedDict(sorted(found.items(), key=lambda item: item[1].used_at))
-        self._used = sum(entry.size for entry in found.values())
+    def _read_folder(self) -> None:
+        """Bring the index up to date with the files.
+
+        A slice of it at a time and without long calls in C: others wait for the mutex, and all threads for the interpreter.
+        With 1,000,000 values they wait up to 0.2 s, which is the garbage collector's pass over the index; for an index made
+        anew and sorted it was 5 s (2 cores).
+        """
+        self._num_readings += 1
+        # At first what is found goes to the front, the oldest last: what was used meanwhile is newer. Later it goes to the end,
+        # the oldest first: others used it since the last reading.
+        is_first = not self._is_read
+        news = [sorted(self._news(number), reverse=is_first) for number in range(NUM_FOLDERS)]
+        for some in _slices(heapq.merge(*news, reverse=is_first)):
+            with self._mutex:
+                self._take_in(some, is_first)
+        self._is_read = True
+        with self._mutex:
+            known = list(dict.keys(self._index))  # in no order, and 30 times faster than in that of use
+        for keys in _slices(iter(known)):
+            with self._mutex:
+                self._drop_missing(keys)
+
+    def _news(self, number: int) -> Iterator[_News]:
+        """Yield what a subfolder has and the index lacks, or what another server used later than the index knows."""
+        for some in _slices(self._files_of(number)):
+            with self._mutex:
+                news = [found for key, state in some if (found := self._compare(key, state))]
+            yield from news
+
+    def _compare(self, key: str, state: os.stat_result) -> _News | None:
+        """Note that a file is there; return it where it is news. The mutex is held, as in what follows."""
+        size, entry = _on_disk(state.st_size), self._index.get(key)
+        if entry is None:
+            return (state.st_mtime, key, size)
+        entry.reading = self._num_readings
+        entry.noted_at = state.st_mtime
+        self._used += size - entry.size
+        entry.size = size
+        return (state.st_mtime, key, size) if state.st_mtime > entry.used_at + USE_GRAIN_SECONDS else None
+
+    def _take_in(self, news: Sequence[_News], is_first: bool) -> None:
+        for used_at, key, size in news:
+            known = self._index.get(key)
+            if known is None or known.used_at < used_at:  # else it was used here meanwhile
+                self._insert(key, _Entry(size, used_at, used_at, self._num_readings))
+                self._index.move_to_end(key, last=not is_first)
+
+    def _drop_missing(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            entry = self._index.get(key)
+            if entry is not None and entry.reading < self._num_readings:
+                del self._index[key]
+                self._used -= entry.size
+
+
+def _slices(items: Iterator[T]) -> Iterator[list[T]]:
+    while some := list(itertools.islice(items, SLICE_VALUES)):
+        yield some
 
 
 def _on_disk(num_bytes: int) -> int:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,6 +216,79 @@ def test_what_another_server_used_lately_is_not_evicted_as_old(tmp_path, make):
     put(one, "d")
     assert [length is not None for length in one.lengths(list("abcd"))].count(True) == 3
     assert one.lengths(["a", "d"]) == [MIB, MIB]
+
+
+def order_of(adapter) -> str:
+    """The keys of the index, the next to go first."""
+    assert adapter._used == sum(entry.size for entry in adapter._index.values())
+    return "".join(adapter._index)
+
+
+@pytest.mark.parametrize("slice_values", [1, 2, 100])
+def test_reading_again_takes_in_what_others_wrote_used_and_removed(tmp_path, make, monkeypatch, slice_values):
+    monkeypatch.setattr(fs_module, "SLICE_VALUES", slice_values)
+    one, other = make(url(tmp_path)), make(url(tmp_path))
+    for number, key in enumerate("abcdef"):
+        put(other, key)
+        age(tmp_path, key, 1000 - number)
+    one.usage()
+    assert order_of(one) == "abcdef"
+    other.delete(["c", "f"])
+    put(other, "new")
+    age(tmp_path, "new", 200)
+    put(other, "a", 2 * MIB)
+    age(tmp_path, "a", 100)
+    put(one, "x")
+    one._next_scan_at = 0.0  # as if the time had passed
+    assert one.usage().objects == 6
+    assert order_of(one) == "bdexnewa"
+
+
+def test_what_is_used_while_the_folder_is_first_read_is_the_newest(tmp_path, make, monkeypatch):
+    first = make(url(tmp_path))
+    for number, key in enumerate("abcd"):
+        put(first, key)
+        age(tmp_path, key, 1000 - number)
+    adapter = make(url(tmp_path))
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        monkeypatch.setattr(os, "scandir", real)
+        put(adapter, "new")
+        fetch(adapter, "b", MIB)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert adapter.usage().objects == 5
+    assert order_of(adapter) == "acdnewb"
+
+
+def test_the_index_is_not_kept_from_others_for_longer_than_a_slice_takes(tmp_path, make, monkeypatch):
+    adapter, other = make(url(tmp_path)), make(url(tmp_path))
+    for number in range(20):
+        put(other, str(number), 1)
+    monkeypatch.setattr(fs_module, "SLICE_VALUES", 3)
+    looked_at: list[int] = []  # in each time that the mutex was held
+
+    class Index(OrderedDict):
+        def get(self, key: str) -> object:
+            looked_at[-1] += 1
+            return super().get(key)
+
+    class Mutex:
+        def __enter__(self) -> None:
+            looked_at.append(0)
+
+        def __exit__(self, *args: object) -> None:
+            pass
+
+    adapter._index, adapter._mutex = Index(), Mutex()
+    for objects in (20, 19):
+        adapter._next_scan_at = 0.0
+        assert adapter.usage().objects == objects
+        other.delete(["7"])
+    assert sum(looked_at) >= 4 * 19
+    assert max(looked_at) == 3
 
 
 def test_a_value_that_vanishes_is_a_miss(tmp_path, make):
