@@ -31,6 +31,7 @@ from lmcache.server.args import ServerConfig, add_arguments, config_from_args
 from lmcache.server.http_frontend import HttpFrontend
 from lmcache.server.service import CacheService, Endpoints
 from lmcache.server.sessions import Sessions
+from lmcache.server.watchdog import LOOK_SECONDS, Watchdog
 from lmcache.server.zmq_frontend import OWNER_DEADLINE_SECONDS, ZmqFrontend
 from lmcache.storage import sizing
 from lmcache.storage.l2.spec import make_adapter
@@ -71,6 +72,11 @@ class RunningServer:
     def is_alive(self) -> bool:
         """Whether the owner thread runs."""
         return self._owner.is_alive
+
+    @property
+    def num_steps(self) -> int:
+        """A count that goes up as long as the owner thread goes on."""
+        return self._owner.num_steps
 
     def stop(self) -> None:
         """Stop listening, end the threads, close the pool. Doing it again does nothing."""
@@ -413,7 +419,8 @@ def _allow_many_descriptors() -> None:
 def run(args: argparse.Namespace) -> int:
     """Run a server in the foreground until SIGINT or SIGTERM; return the exit code.
 
-    A stop that was asked for is a success: 0. 1 when the owner thread ended by itself.
+    A stop that was asked for is a success: 0. 1 when the owner thread ended by itself. One that is stuck for longer than it may
+    ends the process at once, with status 1: what is left is what a killed server leaves.
     """
     stop = StopRequest()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -426,11 +433,14 @@ def run(args: argparse.Namespace) -> int:
     if stop.is_set:
         return 0
     server = start_server(config)
+    watchdog = Watchdog(lambda: server.num_steps, config.server.exit_when_stuck_seconds)
     try:
-        while not stop.wait(0.5):
+        while not stop.wait(LOOK_SECONDS):
             if not server.is_alive:
                 logger.error("the owner thread ended; this is a bug")
                 return 1
+            if watchdog.is_time_to_exit():
+                os._exit(1)  # a stop would wait for the thread, and takes from it what it may be using
     finally:
         server.stop()
     logger.info("stopped")

@@ -117,6 +117,12 @@ class MPServerSettings:
     pin_timeout_seconds: float = _setting(
         600.0, number(float, 1, 86400), "how long a request may hold chunks without a word", "S"
     )
+    exit_when_stuck_seconds: float = _setting(
+        0.0,
+        number(float, 0, 86400),
+        "end with status 1 when the owner thread answers nothing for so long, for a supervisor to start it anew; 0: never",
+        "S",
+    )
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ class ZmqFrontend:
         self._calls: deque[tuple[Request[Any], Future[Any]]] = deque()
         self._unsent: deque[tuple[bytes, zmq.MessageTracker, Callable[[], None]]] = deque()
         self._num_unsent: Counter[bytes] = Counter()
+        self.num_steps = 0  # how often the owner thread has looked for a message: it stands still when that is stuck
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lmcache-owner", daemon=True)
 
@@ -192,6 +193,7 @@ class ZmqFrontend:
 
     def _next_peer(self, wait_ms: int) -> bytes | None:
         """The first frame of the next message: who sent it."""
+        self.num_steps += 1
         if not wait_ms:
             has_message = int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN  # cheaper than an exception
             return self._router.recv(zmq.NOBLOCK) if has_message else None
