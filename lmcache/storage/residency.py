@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import threading
+import time
 
 from lmcache.log import init_logger
 from lmcache.pages import MADV_POPULATE_WRITE, advise
@@ -22,6 +23,8 @@ logger = init_logger(__name__)
 PIECE_BYTES = 64 << 20
 STEP_BYTES = 8 << 20
 MAX_THREADS = 4
+# Between two lines about how far it is: a pool that takes longer is big enough to be asked about.
+PROGRESS_SECONDS = 5.0
 
 
 class Residency:
@@ -39,6 +42,7 @@ class Residency:
         self._stop = threading.Event()
         self.failure = ""
         self._threads: list[threading.Thread] = []
+        self._started_at = self._told_at = time.monotonic()
 
     def start(self) -> None:
         """Populate the table and the first piece now, the rest in the background.
@@ -71,7 +75,17 @@ class Residency:
             while self._frontier in self._done_above:
                 self._done_above.remove(self._frontier)
                 self._frontier += 1
-            self._pool.tell_resident(self.frontier_pages() * PAGE_BYTES)
+            resident_bytes = self.frontier_pages() * PAGE_BYTES
+            self._pool.tell_resident(resident_bytes)
+            self._log_progress(resident_bytes)
+
+    def _log_progress(self, resident_bytes: int) -> None:
+        now, whole = time.monotonic(), self._capacity_bytes
+        if resident_bytes == whole:
+            logger.info("made %.2f GiB of the pool resident in %.1f s", whole / 2**30, now - self._started_at)
+        elif now - self._told_at >= PROGRESS_SECONDS:
+            self._told_at = now
+            logger.info("making the pool resident: %d %% of %.2f GiB", 100 * resident_bytes // whole, whole / 2**30)
 
     @property
     def is_running(self) -> bool:

@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +74,24 @@ def test_the_frontier_stands_before_the_first_piece_that_is_not_done(pool: PoolF
         assert view.resident_bytes == expected * PIECE
     made.close()
     view.close()
+
+
+def test_a_pool_that_takes_long_tells_how_far_it_is_now_and_then_and_every_pool_when_it_is_done(
+    pool: PoolFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    now = [100.0]
+    monkeypatch.setattr(residency, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    made = Residency(pool)
+    for piece in range(11):
+        now[0] += 2
+        made._note_done(piece)
+    assert [record.message for record in caplog.records] == [
+        "making the pool resident: 28 % of 0.00 GiB",  # after 6 s
+        "making the pool resident: 57 % of 0.00 GiB",
+        "making the pool resident: 86 % of 0.00 GiB",
+        "made 0.00 GiB of the pool resident in 22.0 s",
+    ]
+    made.close()
 
 
 def test_a_piece_that_fails_is_reported_and_nothing_above_it_is_ever_handed_out(tmp_path, monkeypatch):
