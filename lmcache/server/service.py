@@ -893,13 +893,15 @@ class CacheService:
             logger.info("client %s (%s, pid %d) is gone", client.id[:8], client.kind, client.pid)
             self.metrics.count("lmcache_dead_clients")
             self.storage.l1.take_back(self._take_out(client))
-        for client, request_id in self.sessions.expired_sessions():
+        for client, request_id, silent_seconds in self.sessions.expired_sessions():
             slots = self.sessions.end_session(client, request_id)
             self.storage.l1.take_back(slots)
             self.metrics.count("lmcache_expired_pins", by=len(slots))
             self._log.warning(
                 "expired",
-                f"request {request_id!r} held {len(slots)} pins too long; they were released",
+                f"request {request_id!r} of client {client.id[:8]} ({client.kind}, pid {client.pid}) held {len(slots)} pins for"
+                f" {silent_seconds:.0f} s without a word, at most {self.sessions.pin_timeout_seconds:g} s are allowed; they"
+                " were released; hint: raise --pin-timeout-seconds if it was still at work",
             )
         self._orphans = [orphan for orphan in self._orphans if not self._free_orphan(*orphan)]
 

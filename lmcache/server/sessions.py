@@ -158,14 +158,14 @@ class Sessions:
             if (client.renewed_at < silent_since if client.presence is None else not client.presence.is_alive)
         ]
 
-    def expired_sessions(self) -> list[tuple[Client, str]]:
-        """Return the requests that hold pins longer than they may."""
-        before = time.monotonic() - self.pin_timeout_seconds
+    def expired_sessions(self) -> list[tuple[Client, str, float]]:
+        """Return the requests that hold pins longer than they may, and for how many seconds without a word."""
+        now = time.monotonic()
         return [
-            (client, request_id)
+            (client, request_id, now - session.last_used_at)
             for client in self.clients.values()
             for request_id, session in client.sessions.items()
-            if session.last_used_at < before
+            if now - session.last_used_at > self.pin_timeout_seconds
         ]
 
     @property

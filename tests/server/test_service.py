@@ -1,5 +1,6 @@
 """What every operation means, and what a bad request costs: an error to its sender, nothing to the server."""
 
+import os
 import threading
 
 import msgspec
@@ -572,6 +573,19 @@ def test_a_request_that_is_heard_of_again_keeps_all_its_pins(service):
     assert service.pins == 2
     service.pass_time(2)
     assert service.pins == 0
+
+
+def test_who_held_pins_too_long_is_told_with_for_how_long_the_limit_and_its_flag(service, caplog):
+    client = service.client()
+    client.store(1, 2)
+    service.call(Lookup(client=client.id, request_id="req-7"), [keys(1, 2)])
+    service.pass_time(PIN_TIMEOUT_SECONDS + 1)
+    [told] = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told == (
+        f"request 'req-7' of client {client.id[:8]} (test, pid {os.getpid()}) held 2 pins for {PIN_TIMEOUT_SECONDS + 1:g} s"
+        f" without a word, at most {PIN_TIMEOUT_SECONDS:g} s are allowed; they were released;"
+        " hint: raise --pin-timeout-seconds if it was still at work"
+    )
 
 
 # -- who is gone ------------------------------------------------------------------------------------------------------
