@@ -31,6 +31,11 @@ class LMCacheError(Exception):
         if code:
             self.code = code
 
+    @property
+    def with_hint(self) -> str:
+        """Both in one line, for a log."""
+        return f"{self.message}; hint: {self.hint}" if self.hint else self.message
+
 
 class UsageError(LMCacheError):
     """The caller asked for something that cannot be asked for."""

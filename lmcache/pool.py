@@ -22,6 +22,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import socket
 import stat
 import struct
 import time
@@ -535,6 +536,34 @@ def _leave_presences_to_parent() -> None:
 os.register_at_fork(after_in_child=_leave_presences_to_parent)
 
 
+def _out_of_reach(path: Path, exc: OSError) -> PoolError:
+    """Return the error of a client that cannot open what the server named, with the usual causes as they look from here."""
+    message = f"cannot open {path}: {exc.strerror}"
+    if exc.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR):
+        return PoolError(message)
+    try:
+        status = path.lstat()
+        file = f"the file is user {status.st_uid}'s and group {status.st_gid}'s with mode {stat.S_IMODE(status.st_mode):04o}"
+    except OSError as unseen:
+        file = f"the file is not seen from here: {unseen.strerror}"
+    namespaces = ", ".join(_namespace(kind) for kind in ("ipc", "mnt"))
+    return PoolError(
+        f"{message}; the usual causes: another user (this process is user {os.geteuid()} of group {os.getegid()}, {file}),"
+        f" another IPC namespace or another mount of {path.parent} (this process is in {namespaces}),"
+        f" another host (this one is {socket.gethostname()})",
+        "run both as one user or the server with --pool-mode 0660 or 0666; mount one volume in memory at --pool-dir in both"
+        " containers; to a server of another host there is only the socket",
+    )
+
+
+def _namespace(kind: str) -> str:
+    """Return this process's namespace as the kernel names it, to compare with the server's: `ls -l /proc/PID/ns`."""
+    try:
+        return os.readlink(f"/proc/self/ns/{kind}")
+    except OSError:
+        return f"{kind}:unknown"
+
+
 class PoolView:
     """A client's end: the data area to read and write, the header and the slot table to read.
 
@@ -545,7 +574,7 @@ class PoolView:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as exc:
-            raise PoolError(f"cannot open {path}: {exc.strerror}") from exc
+            raise _out_of_reach(path, exc) from exc
         try:
             self.header = _read_header(fd, path)
             status = os.fstat(fd)

@@ -1,7 +1,9 @@
 """The pool's file: identity, locks, the slot table, and what happens to files that are no pool of ours."""
 
+import errno
 import fcntl
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -457,3 +459,43 @@ def test_a_directory_named_like_a_pool_does_not_stop_the_search(tmp_path: Path):
     assert stale in remove_stale_pools(tmp_path)
     pool_path(tmp_path, "a").rmdir()
     pool_path(tmp_path, "b").unlink(missing_ok=True)
+
+
+# -- a client that cannot get at it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "seen"),
+    [
+        (errno.EACCES, f"the file is user {os.geteuid()}'s and group {os.getegid()}'s with mode 0640"),
+        (errno.ENOENT, "the file is not seen from here: No such file or directory"),
+    ],
+)
+def test_a_client_that_cannot_open_the_pool_is_told_the_usual_causes_with_what_is_seen(tmp_path, monkeypatch, number, seen):
+    path = pool_path(tmp_path)
+    if number == errno.EACCES:
+        path.touch()
+        path.chmod(0o640)
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("lmcache.pool.os.open", refuse)
+    with pytest.raises(PoolError, match=os.strerror(number)) as caught:
+        PoolView(path)
+    message = caught.value.message
+    assert f"another user (this process is user {os.geteuid()} of group {os.getegid()}, {seen})" in message
+    assert f"another mount of {tmp_path} (this process is in {os.readlink('/proc/self/ns/ipc')}, mnt:[" in message
+    assert f"another host (this one is {socket.gethostname()})" in message
+    assert "--pool-mode" in caught.value.hint
+    path.unlink(missing_ok=True)
+
+
+def test_a_client_that_has_no_descriptor_left_is_told_only_that(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("lmcache.pool.os.open", refuse)
+    with pytest.raises(PoolError) as caught:
+        PoolView(pool_path(tmp_path))
+    assert caught.value.with_hint == f"cannot open {pool_path(tmp_path)}: Too many open files"

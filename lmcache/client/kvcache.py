@@ -463,6 +463,7 @@ class KVCacheClient:
         self._kind = kind
         self._software = ", ".join([f"lmcache {__version__}", *software])
         self._inline = inline
+        self._inline_reason = ""  # why the pool could not be mapped, as it was logged last
         self.tally = Tally()
         self._posted: list[tuple[str, Report]] = []  # since the last heartbeat, with the server life that was told
         # Garbage collection may close this client in any thread, also in one that holds these.
@@ -611,7 +612,9 @@ class KVCacheClient:
             if not isinstance(exc, (PoolError, RemoteError)):
                 raise
             self._let_go_of_mapping()
-            logger.info("using the socket for chunks, the pool cannot be mapped: %s", exc)
+            if exc.with_hint != self._inline_reason:
+                self._inline_reason = exc.with_hint
+                logger.warning("using the socket for chunks, the pool cannot be mapped: %s", exc.with_hint)
             return Attachment(hello, None, None)
 
     def _map(self, path: Path) -> PoolMapping:
@@ -740,7 +743,7 @@ class KVCacheClient:
             self._retire(attachment)
         self._let_go_of_mapping(unless_served=True, is_gone=not isinstance(exc, DeadlineError))
         found = (diagnose(self.mq.url) if is_worth_a_look else None) or exc
-        self._down_reason = f"{found}; hint: {found.hint}" if found.hint else str(found)
+        self._down_reason = found.with_hint
         self.note_failure(UnreachableError(self._down_reason))
 
     def _beat_once(self, attachment: Attachment | None) -> float:

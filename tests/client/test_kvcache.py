@@ -913,9 +913,9 @@ def test_a_client_closed_by_the_thread_that_unmaps_its_pool_does_not_wait_for_th
 # -- a pool that cannot be mapped -------------------------------------------------------------------------------------
 
 
-def test_a_pool_that_cannot_be_mapped_is_used_over_the_socket(server, monkeypatch):
+def test_a_pool_that_cannot_be_mapped_is_used_over_the_socket_and_that_is_told_once(server, monkeypatch, caplog):
     def refuse(*args: object) -> None:
-        raise PoolError("no such file: another container")
+        raise PoolError("no such file: another container", "mount it")
 
     monkeypatch.setattr("lmcache.client.mapping.PoolView", refuse)
     with KVCacheClient(server.endpoints.zmq) as client:
@@ -923,6 +923,10 @@ def test_a_pool_that_cannot_be_mapped_is_used_over_the_socket(server, monkeypatc
         assert client.store(keys(1), chunks_of(1)) == [STORED]
         assert client.retrieve(keys(1), buffers_for(1)) == 1
         assert [known["mapped"] for known in status_of(server)["clients"]] == [False]
+        client._retire(client.attach())
+        assert client.is_inline  # introduced anew
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told == ["using the socket for chunks, the pool cannot be mapped: no such file: another container; hint: mount it"]
 
 
 def test_a_presence_that_the_server_does_not_see_is_used_over_the_socket(server, monkeypatch):

@@ -159,7 +159,7 @@ class WorkerHalf:
     def refuse(self, exc: Exception) -> None:
         """Serve on without the cache, and say why."""
         if isinstance(exc, LMCacheError):
-            reason, unforeseen = _with_hint(exc), None
+            reason, unforeseen = exc.with_hint, None
         else:
             reason, unforeseen = f"a bug: {exc!r}", exc
         self.hello = WorkerHello(refusal=reason)
@@ -182,7 +182,7 @@ class WorkerHalf:
                 reply.l1_tokens,
             )
         except LMCacheError as exc:
-            self._log.warning("register", f"no KV cache for now: {_with_hint(exc)}")
+            self._log.warning("register", f"no KV cache for now: {exc.with_hint}")
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -421,7 +421,7 @@ class WorkerHalf:
         seconds = time.monotonic() - started_at
         of_what = f"a {what} of {span.num_chunks} chunks for request {span.request_id}"
         if isinstance(exc, LMCacheError):
-            self._log.warning(type(exc).__name__, f"{of_what} failed after {seconds:.3f} s: {_with_hint(exc)}")
+            self._log.warning(type(exc).__name__, f"{of_what} failed after {seconds:.3f} s: {exc.with_hint}")
         else:
             logger.error("%s failed unexpectedly after %.3f s", of_what, seconds, exc_info=exc)
 
@@ -638,7 +638,3 @@ def _check_lengths(extents: Sequence[memoryview], expected: int) -> None:
     for extent in extents:
         if extent.nbytes != expected:
             raise LayoutMismatchError(f"a stored chunk has {extent.nbytes} bytes, this engine's have {expected}")
-
-
-def _with_hint(exc: LMCacheError) -> str:
-    return f"{exc}; hint: {exc.hint}" if exc.hint else str(exc)
