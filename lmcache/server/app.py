@@ -242,7 +242,7 @@ def _run_on(
     frontends = _make_frontends(config, owner, metrics, listener, metrics_listener)
     for frontend in frontends:
         frontend.start()
-    _log_start(endpoints, pool, storage)
+    _log_start(endpoints, _metrics_url(config, endpoints, metrics_listener), pool, storage)
     for named in adapters:
         logger.info("L2 %s: %s, %s", named.name, named.shown, config.storage.l2_policy)
     return RunningServer(endpoints, service, owner, frontends, config.storage.l2_drain_seconds)
@@ -379,7 +379,14 @@ def _create_pool(config: ServerConfig, path: Path) -> PoolFile:
         raise UsageError(exc.message, exc.hint, exc.code) from exc
 
 
-def _log_start(endpoints: Endpoints, pool: PoolFile, storage: StorageManager) -> None:
+def _metrics_url(config: ServerConfig, endpoints: Endpoints, metrics_listener: socket.socket | None) -> str:
+    """Return where to scrape: the port for metrics alone, or else the HTTP port's route; "off" where there is neither."""
+    if metrics_listener is not None:
+        return f"{http_frontend.endpoint_of(metrics_listener)}/metrics"
+    return f"{endpoints.http}/metrics" if endpoints.http and not config.prometheus.no_metrics else "off"
+
+
+def _log_start(endpoints: Endpoints, metrics_url: str, pool: PoolFile, storage: StorageManager) -> None:
     l1 = storage.l1
     if pool.adopted:
         logger.info(
@@ -389,10 +396,11 @@ def _log_start(endpoints: Endpoints, pool: PoolFile, storage: StorageManager) ->
             l1.dropped_reservations,
         )
     logger.info(
-        "lmcache %s is ready: ZMQ %s, HTTP %s, L1 %.2f GiB in %s",
+        "lmcache %s is ready: ZMQ %s, HTTP %s, metrics %s, L1 %.2f GiB in %s",
         __version__,
         endpoints.zmq,
         endpoints.http or "off",
+        metrics_url,
         pool.header.capacity_bytes / sizing.GIB,
         pool.path,
     )

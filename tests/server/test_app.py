@@ -18,7 +18,7 @@ from lmcache.server.app import StopRequest, main, start_server, wait_for_room
 from lmcache.storage import sizing
 from lmcache.storage.sizing import Limit
 from tests.pools import content, file_system_in_memory, keys, make_config, server_in, status_of, wait_until
-from tests.server_process import LmcacheServer
+from tests.server_process import LmcacheServer, free_port
 
 KEPT = {"pool_name": "kept", "leaves_pool": True}
 
@@ -330,3 +330,22 @@ def test_every_request_is_counted_on_the_metrics_of_its_own_server(tmp_path):
         assert isinstance(server.service.metrics, Metrics)
         status_of(server)
         assert server.service.metrics.value("lmcache_requests", "STATUS", "ok") == 1
+
+
+@pytest.mark.parametrize(
+    ("has_http", "has_port", "no_metrics", "expected"),
+    [
+        (True, False, False, "HTTP {http}, metrics {http}/metrics, L1"),
+        (True, True, False, "HTTP {http}, metrics http://127.0.0.1:{port}/metrics, L1"),
+        (False, True, False, "HTTP off, metrics http://127.0.0.1:{port}/metrics, L1"),
+        (True, False, True, "HTTP {http}, metrics off, L1"),
+        (False, False, False, "HTTP off, metrics off, L1"),
+    ],
+)
+def test_the_line_at_the_start_says_where_to_scrape(tmp_path, caplog, has_http, has_port, no_metrics, expected):
+    port = free_port()
+    settings = {"no_http": not has_http, "metrics_port": port if has_port else 0, "no_metrics": no_metrics}
+    with server_in(tmp_path, **settings) as server:
+        http = server.endpoints.http
+    [line] = [record.message for record in caplog.records if "is ready" in record.message]
+    assert expected.format(http=http, port=port) in line
