@@ -89,6 +89,9 @@ CLIENT_CHECK_SECONDS = 0.5
 PASS_SECONDS = 0.1
 BUSY_PASS_SECONDS = 0.01
 IDLE_CHECK_SECONDS = 1.0
+# Between two lines about clients that went without a goodbye, and how many of them one names.
+GONE_LOG_SECONDS = 10.0
+MAX_GONE_NAMED = 3
 # Re-adding this many entries takes about 20 ms: not noticed when idle. Above it only the totals are compared.
 MAX_CHECKED_CHUNKS = 50_000
 # Bytes of one GET that may be on their way to one peer: a reader that stops reading pins no more than this.
@@ -215,6 +218,8 @@ class CacheService:
         self._last_request_at = self._started_at
         self._clients_checked_at = self._started_at
         self._unchecked = False
+        self._gone: list[str] = []  # since the last line about them
+        self._gone_logged_at = float("-inf")
         self._status_interval_seconds = status_interval_seconds
         self._status_logged_at = self._started_at
         self._requests_logged = 0
@@ -890,9 +895,10 @@ class CacheService:
 
     def _check_clients(self) -> None:
         for client in self.sessions.dead_clients():
-            logger.info("client %s (%s, pid %d) is gone", client.id[:8], client.kind, client.pid)
+            self._gone.append(f"{client.id[:8]} ({client.kind}, pid {client.pid})")
             self.metrics.count("lmcache_dead_clients")
             self.storage.l1.take_back(self._take_out(client))
+        self._log_gone()
         for client, request_id, silent_seconds in self.sessions.expired_sessions():
             slots = self.sessions.end_session(client, request_id)
             self.storage.l1.take_back(slots)
@@ -904,6 +910,20 @@ class CacheService:
                 " were released; hint: raise --pin-timeout-seconds if it was still at work",
             )
         self._orphans = [orphan for orphan in self._orphans if not self._free_orphan(*orphan)]
+
+    def _log_gone(self) -> None:
+        """The first one is told at once, and those of the next seconds together: a crash of many engines is two lines."""
+        now = time.monotonic()
+        if not self._gone or now - self._gone_logged_at < GONE_LOG_SECONDS:
+            return
+        names, num_more = ", ".join(self._gone[:MAX_GONE_NAMED]), len(self._gone) - MAX_GONE_NAMED
+        if len(self._gone) == 1:
+            logger.info("client %s is gone", names)
+        else:
+            more = f" and {num_more} more" if num_more > 0 else ""
+            logger.info("%d clients are gone: %s%s", len(self._gone), names, more)
+        self._gone_logged_at = now
+        self._gone.clear()
 
     def _free_orphan(self, owner: bytes, placement: Placement) -> bool:
         """A reservation from before this server: its writer may still be at it as long as it lives."""

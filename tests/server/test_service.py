@@ -37,7 +37,7 @@ from lmcache.protocol import (
     StoreOutcome,
     UnregisterKVCache,
 )
-from lmcache.server.service import MAX_COPIED_BYTES, MAX_GET_BYTES
+from lmcache.server.service import GONE_LOG_SECONDS, MAX_COPIED_BYTES, MAX_GET_BYTES
 from lmcache.storage.manager import MAX_ENTRIES_PER_SLICE
 from tests.pools import content, key, keys, wait_until
 from tests.server.harness import CHUNK_SIZE, LAYOUT, LEASE_SECONDS, PIN_TIMEOUT_SECONDS, as_builtins, namespace, service_in
@@ -608,6 +608,23 @@ def test_a_dead_clients_pins_and_reservations_are_freed_at_once(service):
     assert not service.pool.client_path(client.id).exists()
     assert witness.id in service.sessions.clients
     assert service.code_of(Noop(client=client.id)) == "unknown_client"
+
+
+def test_many_clients_that_die_together_are_two_lines_that_say_how_many(service, caplog):
+    first, *others = (service.client() for _ in range(20))
+    first.die()
+    service.pass_time(1)
+    for client in others:
+        client.die()
+        service.pass_time(GONE_LOG_SECONDS / 40)
+    service.pass_time(GONE_LOG_SECONDS / 2)
+    service.pass_time(GONE_LOG_SECONDS)
+    assert service.value("dead_clients") == 20
+    names = [f"{client.id[:8]} (test, pid {os.getpid()})" for client in [first, *others]]
+    assert [record.message for record in caplog.records if "gone" in record.message] == [
+        f"client {names[0]} is gone",
+        f"19 clients are gone: {', '.join(names[1:4])} and 16 more",
+    ]
 
 
 def test_a_mapped_client_that_is_silent_for_ever_stays_while_its_process_lives(service):
