@@ -15,6 +15,8 @@ from lmcache.errors import UsageError
 # What can be cached: one group of layers whose KV is kept for every token and found through one block table, by vLLM's name.
 SUPPORTED_KV_GROUPS = ("FullAttentionSpec", "MLAAttentionSpec")
 SUPPORTED_DEVICES = ("cpu", "cuda")
+# Lengths of a session by which people size a cache, in units of 1024 tokens.
+SESSION_K_TOKENS = (32, 128)
 
 Layers = Annotated[int, Meta(ge=1, le=1 << 16)]
 PieceBytes = Annotated[int, Meta(ge=1, le=1 << 40)]
@@ -77,3 +79,9 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
     def chunk_bytes(self, chunk_size: int) -> int:
         """Return the bytes of one chunk on this rank."""
         return self.blocks_per_chunk(chunk_size) * self.bytes_per_block
+
+
+def shown_sessions(num_tokens: int) -> str:
+    """Return for how many long sessions so many tokens are enough: `2.0 sessions of 32K or 0.5 of 128K tokens`."""
+    short, long = (f"{num_tokens / (k << 10):.1f}" for k in SESSION_K_TOKENS)
+    return f"{short} sessions of {SESSION_K_TOKENS[0]}K or {long} of {SESSION_K_TOKENS[1]}K tokens"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache.errors import UsageError
-from lmcache.layout import KVLayout
+from lmcache.layout import KVLayout, shown_sessions
 
 # Llama 3.1 8B: 32 layers, 8 KV heads of 128 values, 2 bytes each, keys and values apart, blocks of 16 tokens.
 LLAMA_8B = KVLayout(num_layers=32, num_planes=2, block_bytes=16 * 8 * 128 * 2, block_size=16, dtype="bfloat16", order="NHD")
@@ -61,3 +61,15 @@ def test_the_fingerprint_differs_when_any_field_does(layout: KVLayout, field: st
 
 def test_the_fingerprint_has_the_value_that_stored_caches_depend_on():
     assert LLAMA_8B.fingerprint == "095484f99de6b816"
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"),
+    [
+        (65536, "2.0 sessions of 32K or 0.5 of 128K tokens"),
+        (512, "0.0 sessions of 32K or 0.0 of 128K tokens"),
+        (10_000_000, "305.2 sessions of 32K or 76.3 of 128K tokens"),
+    ],
+)
+def test_tokens_are_told_as_long_sessions(num_tokens, expected):
+    assert shown_sessions(num_tokens) == expected

@@ -19,7 +19,7 @@ import msgspec
 from lmcache import __version__
 from lmcache.errors import LMCacheError, ProtocolError, RemoteError
 from lmcache.keys import KEY_BYTES, Namespace
-from lmcache.layout import SUPPORTED_DEVICES, SUPPORTED_KV_GROUPS, KVLayout
+from lmcache.layout import SUPPORTED_DEVICES, SUPPORTED_KV_GROUPS, KVLayout, shown_sessions
 from lmcache.log import RateLimitedLog, init_logger
 from lmcache.metrics import Metrics
 from lmcache.pool import PAGE_BYTES, PoolFile, PresenceWatch, is_client_alive, remove_client_file
@@ -412,12 +412,13 @@ class CacheService:
         l1_tokens = self._l1_tokens(model)
         if is_new:
             logger.info(
-                "%s rank %d of %d: %.1f KiB of KV a token; L1 holds %d tokens of it",
+                "%s rank %d of %d: %.1f KiB of KV a token; L1 holds %d tokens of it: %s",
                 namespace.model,
                 request.rank,
                 request.world_size,
                 request.layout.bytes_per_token / 1024,
                 l1_tokens,
+                shown_sessions(l1_tokens),
             )
         return Answer(RegisterReply(bytes_per_token=request.layout.bytes_per_token, l1_tokens=l1_tokens))
 

@@ -8,6 +8,7 @@ import pytest
 
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.keys import chunk_keys
+from lmcache.layout import shown_sessions
 from lmcache.protocol import StatusReply
 from tests.cli.conftest import CHUNK_BYTES, LAYOUT, MODEL, Cli, namespace
 from tests.cli.peers import http_peer, zmq_peer
@@ -68,6 +69,7 @@ def test_models_clients_and_use_are_shown(cli: Cli, engine: KVCacheClient):
     assert found["L1 used (GB)"] == "0.000 (0.2%)"
     assert found["Name"] == MODEL
     assert found["KB per token"] == "0.2"
+    assert found["Enough for"] == shown_sessions(int(found["Tokens that L1 holds"]))
     assert found["Engine"] == "connected"
     assert found["Ranks registered"] == "1/1"
     assert any(label.startswith("test-engine ") and "shared memory" in value for label, value in found.items())

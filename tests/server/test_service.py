@@ -160,8 +160,11 @@ def test_goodbye_takes_pins_reservations_registration_and_file_along(service):
 # -- registration -----------------------------------------------------------------------------------------------------
 
 
-def test_registering_tells_what_a_token_weighs_and_how_many_fit(service):
+def test_registering_tells_what_a_token_weighs_and_how_many_fit(service, caplog):
     reply = service.client().register()
+    assert [record.message for record in caplog.records if "KV a token" in record.message] == [
+        "m rank 0 of 1: 0.2 KiB of KV a token; L1 holds 512 tokens of it: 0.0 sessions of 32K or 0.0 of 128K tokens"
+    ]
     assert as_builtins(reply) == {"bytes_per_token": PAGE_BYTES // 16, "l1_tokens": 32 * 16}
     [model] = service.status()["models"]
     assert (model["ranks"], model["world_size"], model["live"], model["l1_tokens"]) == ([0], 1, True, 32 * 16)

@@ -126,6 +126,8 @@ def _add_tiers(result: Result, tiers: list[dict[str, Any]]) -> None:
 
 
 def _add_model(result: Result, model: ModelView) -> None:
+    from lmcache.layout import shown_sessions
+
     result.section("Model")
     result.row("Name", model.namespace.model)
     result.row("Ranks registered", f"{len(model.ranks)}/{model.world_size}")
@@ -136,6 +138,7 @@ def _add_model(result: Result, model: ModelView) -> None:
         result.row("Transfer backend", "; ".join(model.transfer_backends))
     result.row("KB per token", f"{model.bytes_per_token / 1024:.1f}")
     result.row("Tokens that L1 holds", model.l1_tokens)
+    result.row("Enough for", shown_sessions(model.l1_tokens))
 
 
 def _add_layout(result: Result, layout: KVLayout) -> None:
