@@ -38,7 +38,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.integration.vllm.lmcache_mp_connector import HelloMetadata
 from lmcache.integration.vllm.steps import WorkerHello
-from lmcache.integration.vllm.utils import engine_namespace
+from lmcache.integration.vllm.utils import identify_engine
 from lmcache.layout import KVLayout
 
 L1_GIB = 0.0625
@@ -79,7 +79,7 @@ class Engine:
         self._block_hasher = get_request_block_hasher(BLOCK_SIZE, hash_fn)
         self._report = KVConnectorOutput() if kind != "floor" else None
         if kind == "ours":
-            namespace = engine_namespace(config, LAYOUT)
+            namespace = identify_engine(config, LAYOUT).namespace
             with KVCacheClient(url, kind="benchmark") as client:
                 client.register(namespace, LAYOUT)
             self.scheduler.connector.set_xfer_handshake_metadata({0: HelloMetadata(WorkerHello(namespace, LAYOUT))})

@@ -36,8 +36,12 @@ MAX_CHUNK_BYTES = 1 << 28
 # that nobody notices the message which asks for them. (128 places: 0.12 ms of the server, 1.6 KB.)
 MAX_PLACES = 128
 MAX_FRAMES = MAX_CHUNKS + 3
+# The server keeps them with each model: 12 KiB at most.
+MAX_REVISION_PARTS = 128
+MAX_PART_CHARS = 48
 
 Name = Annotated[str, Meta(max_length=512)]
+Part = Annotated[str, Meta(max_length=MAX_PART_CHARS)]
 ClientId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 # Is added up for ever, and the sum must still be an integer of MessagePack.
@@ -220,6 +224,8 @@ class RegisterKVCache(Request[RegisterReply], tag="REGISTER_KV_CACHE"):
     """The rank's own process and its parent: by one of them its engine's scheduler finds it (FIND_WORKERS)."""
     backend: Name = ""
     """What moves its bytes, for people: "cuda, Triton"."""
+    revision_parts: Annotated[dict[Part, Part], Meta(max_length=MAX_REVISION_PARTS)] = {}
+    """What the namespace's revision is a digest of, for people: short values, and digests of long ones. Not in a reply."""
 
 
 class WorkersReply(Reply):

@@ -64,7 +64,13 @@ REQUIRED: dict[str, dict[str, Any]] = {
 OPTIONAL: dict[str, dict[str, Any]] = {
     "NOOP": {"client": CLIENT},
     "HELLO": {"pid": 7, "features": 5, "software": "lmcache 9"},
-    "REGISTER_KV_CACHE": {"rank": 3, "world_size": 4, "processes": ["p", "q"], "backend": "cuda, Triton"},
+    "REGISTER_KV_CACHE": {
+        "rank": 3,
+        "world_size": 4,
+        "processes": ["p", "q"],
+        "backend": "cuda, Triton",
+        "revision_parts": {"a": "b"},
+    },
     "REPORT": {
         "failed_blocks": {"stale": 3},
         "failed_lookups": {"deadline": 1},
@@ -133,6 +139,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "loaded_chunks": [-1, MAX_CHUNKS + 1],
     "pins": [{"pool_bytes": -1}, {"pinned_bytes": 2**62 + 1}, {"unpinned_bytes": "1"}, {"unpinned_copied_bytes": 1.5}, 7],
     "backend": ["x" * 513],
+    "revision_parts": [{"x" * 49: ""}, {"x": "y" * 49}, {"x": 1}, {str(number): "" for number in range(129)}, []],
     "process": ["", "x" * 513],
     "processes": [["x" * 513], ["p"] * 5, [1]],
 }

@@ -878,12 +878,15 @@ class KVCacheClient:
         world_size: int = 1,
         processes: Sequence[str] = (),
         backend: str = "",
+        revision_parts: Mapping[str, str] | None = None,
     ) -> RegisterReply:
         """Tell the server what this rank's KV looks like, by which processes `find_workers` finds it, and what moves it.
 
         The namespace's chunk size is replaced by the server's. After an error too, the next life of
         the server is told by itself: it may accept, or be there.
 
+        Args:
+            revision_parts: what the namespace's revision was made of: the server's log names what has changed.
         Raises: RemoteError when the server refuses (chunk size, layout), UnreachableError.
         """
 
@@ -896,6 +899,7 @@ class KVCacheClient:
                 world_size=world_size,
                 processes=list(processes),
                 backend=backend,
+                revision_parts=dict(revision_parts or {}),
             )
 
         self._registration = request

@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,8 @@ MAX_PENDING_REMOVALS = 64
 # Some 0.2 s of the owner's time.
 MAX_DELETED_VALUES = 1 << 18
 MAX_MODELS = 1024
+# In the line about an engine that shares nothing with another of its model.
+MAX_TOLD_DIFFERENCES = 8
 # No GPU copies more between two heartbeats; made-up reports must not outgrow what a message can hold.
 MAX_COPIED_BYTES = 1 << 36
 
@@ -134,6 +136,7 @@ class Model(msgspec.Struct):
     rank_bytes: dict[int, int]
     world_size: int
     layout: KVLayout
+    revision_parts: dict[str, str] = {}
 
     @property
     def bytes_per_token(self) -> int:
@@ -401,12 +404,13 @@ class CacheService:
                 "use a smaller --chunk-size",
                 "chunk_size",
             )
-        client.registration = request
+        client.registration = msgspec.structs.replace(request, revision_parts={})
         engine = namespace.for_request()
         model = self._models.setdefault(engine.id, Model(engine, {}, request.world_size, request.layout))
+        model.revision_parts = model.revision_parts or request.revision_parts
         is_new = request.rank not in model.rank_bytes
         if not model.rank_bytes:
-            self._note_differences(engine)
+            self._note_differences(model)
         model.rank_bytes[request.rank] = request.layout.bytes_per_token
         self._forget_models()
         l1_tokens = self._l1_tokens(model)
@@ -422,16 +426,14 @@ class CacheService:
             )
         return Answer(RegisterReply(bytes_per_token=request.layout.bytes_per_token, l1_tokens=l1_tokens))
 
-    def _note_differences(self, engine: Namespace) -> None:
+    def _note_differences(self, model: Model) -> None:
         """Say why an engine does not find what another of the same model has stored."""
-        others = [known.namespace for known in self._models.values() if known.namespace.model == engine.model]
-        for other in others:
-            names = [name for name in engine.__struct_fields__ if getattr(engine, name) != getattr(other, name)]
-            if names:
-                told = ", ".join(f"{name} ({getattr(other, name)!r}, now {getattr(engine, name)!r})" for name in names)
-                logger.warning(
-                    "%s is registered with another %s: it shares nothing with what was stored so", engine.model, told
-                )
+        name = model.namespace.model
+        for other in [known for known in self._models.values() if known is not model and known.namespace.model == name]:
+            found = _differences(other, model)
+            more = f" and {len(found) - MAX_TOLD_DIFFERENCES} more" if len(found) > MAX_TOLD_DIFFERENCES else ""
+            told = ", ".join(found[:MAX_TOLD_DIFFERENCES]) + more
+            logger.warning("%s is registered with another %s: it shares nothing with what was stored so", name, told)
 
     def _forget_models(self) -> None:
         """Of more than MAX_MODELS, drop the oldest that no client uses."""
@@ -1076,6 +1078,25 @@ class CacheService:
             "l1_tokens": self._l1_tokens(model),
             "live": model.namespace.id in live,
         }
+
+
+def _differences(known: Model, model: Model) -> list[str]:
+    """Name each field in which two engines' namespaces differ, with both values; of a digest what it was made of, where
+    both engines have told it."""
+    made_of = {
+        "layout": (msgspec.structs.asdict(known.layout), msgspec.structs.asdict(model.layout)),
+        "revision": (known.revision_parts, model.revision_parts),
+    }
+    found = []
+    for name, change in _changes(msgspec.structs.asdict(known.namespace), msgspec.structs.asdict(model.namespace)).items():
+        parts = _changes(*made_of[name]) if name in made_of and all(made_of[name]) else {}
+        found += [f"{name}.{part} {values}" for part, values in parts.items()] or [f"{name} {change}"]
+    return found
+
+
+def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, str]:
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return {name: f"({before.get(name)!r}, now {now.get(name)!r})" for name in names}
 
 
 def _watch(path: Path) -> PresenceWatch:

@@ -228,7 +228,7 @@ class Client:
 
     def register(self, namespace, layout, *args, **options):
         assert namespace.layout == layout.fingerprint
-        self.layout = layout
+        self.layout, self.revision_parts = layout, options["revision_parts"]
         return SimpleNamespace(bytes_per_token=1024, l1_tokens=1)
 
 
@@ -259,6 +259,7 @@ def test_the_tensor_of_all_layers_is_registered_with_the_server(monkeypatch, cap
     connector.register_cross_layers_kv_cache(allocate(backend), backend)
     layout = connector._worker._client.layout
     assert (layout.layers_per_block, layout.block_bytes) == (NUM_LAYERS, NUM_LAYERS * PAGE_BYTES)
+    assert connector._worker._client.revision_parts["kv_cache_dtype"] == "auto"
     assert "cross_layer_blocks" not in caplog.text
 
 

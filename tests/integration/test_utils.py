@@ -13,7 +13,7 @@ from lmcache.errors import LayoutMismatchError, UsageError
 from lmcache.integration.vllm.utils import (
     Adapters,
     ConnectorConfig,
-    engine_namespace,
+    identify_engine,
     media_are_hashed,
     request_namespace,
     software,
@@ -21,8 +21,10 @@ from lmcache.integration.vllm.utils import (
 from lmcache.integration.vllm.worker import is_replicated, read_layout
 from lmcache.keys import Namespace, chunk_keys
 from lmcache.layout import KVLayout
+from lmcache.protocol import RegisterKVCache, decode_request, encode
 
 ENGINE = Namespace(model="m", chunk_size=4)
+BYTES = KVLayout(num_layers=1, num_planes=1, block_bytes=1, block_size=1, dtype="u8")
 
 
 def test_settings_have_the_documented_defaults():
@@ -170,9 +172,58 @@ def make_vllm_config(folder, num_ranks=1, cache=None, load=None, lora=None, engi
     )
 
 
+def engine_namespace(*args, **fields):
+    return identify_engine(*args, **fields).namespace
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_replicated", "revision"),
+    [
+        ({}, False, "abc#9f378cf391430191"),
+        ({}, True, "abc#ebf7f71e8dbe5c3f"),
+        (
+            {
+                "quantization": "fp8",
+                "original_max_model_len": 8192,
+                "cache": {"cache_dtype": "fp8_e5m2"},
+                "load": {"load_format": "dummy"},
+                "lora": SimpleNamespace(target_modules=["o_proj"]),
+            },
+            False,
+            "abc#13de90f2c0ed9484",
+        ),
+    ],
+)
+def test_a_revision_is_what_it_was_in_the_first_version(changes, is_replicated, revision):
+    """What engines have stored before an upgrade stays theirs."""
+    assert (
+        engine_namespace(make_vllm_config("org/model", 2, commit="abc", **changes), BYTES, is_replicated).revision == revision
+    )
+
+
+def test_what_a_revision_is_made_of_is_told_by_name_and_briefly(tmp_path):
+    """COR-3. The server's log names what has changed, with both values where they are short."""
+    (tmp_path / "model.safetensors").write_bytes(bytes(1 << 18))
+    config = make_vllm_config(
+        tmp_path, cache={"cache_dtype": "fp8_e5m2"}, original_max_model_len=8192, quantization_config={"ignore": ["é"] * 99}
+    )
+    config.model_config.hf_config.to_dict = lambda: {
+        "rope_theta": 1,
+        "\ud800" * 99: "\ud800",
+        **dict.fromkeys(map(str, range(999))),
+    }
+    parts = identify_engine(config, BYTES).revision_parts
+    told = {name: parts[name] for name in ("dtype", "kv_cache_dtype", "max_model_len", "config.rope_theta", "lora")}
+    assert list(told.values()) == ["bfloat16", "fp8_e5m2", "8192", "1", "null"]
+    assert len(parts["weights"]) == len(parts["quantization"]) == 16
+    request = RegisterKVCache(
+        client="0" * 32, namespace=Namespace(model="m", chunk_size=16), layout=BYTES, revision_parts=parts
+    )
+    assert decode_request(encode(request)).revision_parts == parts
+
+
 def test_an_engine_with_another_draft_model_has_other_kv(tmp_path):
     """The layers of a draft lie in the same blocks. One without layers of its own is named as the model itself."""
-    layout = KVLayout(num_layers=1, num_planes=1, block_bytes=1, block_size=1, dtype="u8")
     for name in ("model", "draft", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(name.encode() * 100)
@@ -181,9 +232,9 @@ def test_an_engine_with_another_draft_model_has_other_kv(tmp_path):
         config = make_vllm_config(tmp_path / "model")
         named = draft and SimpleNamespace(model=str(tmp_path / draft), revision=None, hf_config=SimpleNamespace())
         config.speculative_config = SimpleNamespace(draft_model_config=named)
-        return engine_namespace(config, layout).revision
+        return engine_namespace(config, BYTES).revision
 
-    assert revision(None) == revision("model") == engine_namespace(make_vllm_config(tmp_path / "model"), layout).revision
+    assert revision(None) == revision("model") == engine_namespace(make_vllm_config(tmp_path / "model"), BYTES).revision
     revisions = {revision(draft) for draft in (None, "draft", "other")}
     (tmp_path / "draft" / "model.safetensors").write_bytes(b"again" * 100)
     assert len(revisions | {revision("draft")}) == 4

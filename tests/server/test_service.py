@@ -1063,6 +1063,29 @@ def test_an_engine_that_differs_is_told_in_what(service, caplog):
     assert "m is registered with another revision ('', now '2'), dtype ('" in caplog.text
 
 
+def test_of_a_digest_that_differs_the_log_names_what_it_was_made_of(service, caplog):
+    """COR-3."""
+    wider = msgspec.structs.replace(LAYOUT, block_size=8, block_bytes=LAYOUT.block_bytes // 2)
+
+    def register(layout=LAYOUT, **parts):
+        caplog.clear()
+        named = msgspec.structs.replace(namespace(), layout=layout.fingerprint, revision=str(sorted(parts.items())))
+        client = service.client()
+        service.call(RegisterKVCache(client=client.id, namespace=named, layout=layout, revision_parts=parts))
+        assert service.sessions.clients[client.id].registration.revision_parts == {}
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        return told[0].partition(" another ")[2].partition(": it shares")[0] if told else ""
+
+    register(kv_cache_dtype="auto", weights="1")
+    assert register(kv_cache_dtype="fp8", weights="1") == "revision.kv_cache_dtype ('auto', now 'fp8')"
+    assert register(kv_cache_dtype="fp8", weights="1") == ""
+    assert register(wider, kv_cache_dtype="auto", weights="1") == (
+        f"layout.block_bytes ({LAYOUT.block_bytes}, now {wider.block_bytes}), layout.block_size (16, now 8)"
+    )
+    assert register().startswith("revision (")  # a client that does not tell its parts
+    assert register(**{str(number): "" for number in range(20)}).endswith(" and 14 more")
+
+
 def test_a_client_says_what_it_is_made_of(service):
     service.call(Hello(kind="engine-worker", software="lmcache 9, vllm 8"))
     assert [client["software"] for client in service.status()["clients"]] == ["lmcache 9, vllm 8"]

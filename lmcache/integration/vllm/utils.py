@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from lmcache.errors import UsageError
 from lmcache.keys import Namespace
 from lmcache.layout import KVLayout
 from lmcache.log import init_logger
-from lmcache.protocol import DEFAULT_ZMQ_PORT
+from lmcache.protocol import DEFAULT_ZMQ_PORT, MAX_PART_CHARS, MAX_REVISION_PARTS
 from lmcache.transfer.base import STAGING_BYTES
 from lmcache.weights import ADAPTER_CONFIG, adapter_digest, adapter_label, weight_files, weights_digest
 
@@ -152,8 +153,19 @@ def mla_enabled(model_config: Any) -> bool:
     return bool(getattr(model_config, "use_mla", False))
 
 
-def engine_namespace(vllm_config: Any, layout: KVLayout, is_replicated: bool = False) -> Namespace:
-    """Return what all requests of this engine have in common; the chunk size is still open (0).
+@dataclass(frozen=True)
+class EngineIdentity:
+    """What all requests of an engine have in common; the chunk size is still open (0).
+
+    `revision_parts`: by name what the namespace's revision is a digest of. No key depends on them.
+    """
+
+    namespace: Namespace
+    revision_parts: dict[str, str]
+
+
+def identify_engine(vllm_config: Any, layout: KVLayout, is_replicated: bool = False) -> EngineIdentity:
+    """Return what this engine shares its KV by.
 
     Args:
         is_replicated: all ranks hold the same KV.
@@ -165,18 +177,20 @@ def engine_namespace(vllm_config: Any, layout: KVLayout, is_replicated: bool = F
             hint="take it out, and use a checkpoint that has its scales",
         )
     num_ranks = vllm_config.parallel_config.world_size
-    return Namespace(
+    commit, parts = _model_revision(vllm_config, num_ranks if is_replicated else 1)
+    namespace = Namespace(
         model=str(vllm_config.model_config.model),
-        revision=_model_revision(vllm_config, num_ranks if is_replicated else 1),
+        revision=f"{commit}#{_short_digest(parts)}",
         dtype=layout.dtype,
         layout=layout.fingerprint,
         chunk_size=0,
         world_size=1 if is_replicated else num_ranks,
     )
+    return EngineIdentity(namespace, _told_briefly({"commit": commit, **parts}))
 
 
-def _model_revision(vllm_config: Any, num_copies: int) -> str:
-    """Return the model's revision and a digest of all else that decides what its KV holds.
+def _model_revision(vllm_config: Any, num_copies: int) -> tuple[str, dict[str, object]]:
+    """Return the model's commit or revision, and all else that decides what its KV holds.
 
     A folder has no revision, so a sample of its weights stands for it: a checkpoint that was
     overwritten in place must not find the old one's KV. Of `cache_dtype` the tensors do not tell: they are bytes for both
@@ -211,8 +225,35 @@ def _model_revision(vllm_config: Any, num_copies: int) -> str:
     if not (commit or path.exists()):
         parts["engine"] = [vllm_config.instance_id, vllm_config.kv_transfer_config.engine_id]
         logger.warning("what is cached is of no use to other engines: no commit of %s is known; hint: --revision", model.model)
-    text = json.dumps(parts, sort_keys=True, default=_described)
-    return f"{commit}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return commit, parts
+
+
+def _told_briefly(parts: Mapping[str, object]) -> dict[str, str]:
+    """Return as much of the parts of a revision as a message may hold, the fields of the model's settings last."""
+    config = parts["config"]
+    fields = {f"config.{name}": value for name, value in config.items()} if isinstance(config, dict) else {"config": config}
+    told = {name: value for name, value in parts.items() if name != "config"} | fields
+    return {
+        _as_text(name)[:MAX_PART_CHARS]: _brief(value) for name, value in itertools.islice(told.items(), MAX_REVISION_PARTS)
+    }
+
+
+def _brief(value: object) -> str:
+    text = _as_text(value)
+    return text if len(text) <= MAX_PART_CHARS else _short_digest(value)
+
+
+def _as_text(value: object) -> str:
+    """ASCII, whatever the value holds."""
+    return _as_json(value).strip('"')
+
+
+def _short_digest(value: object) -> str:
+    return hashlib.sha256(_as_json(value).encode()).hexdigest()[:16]
+
+
+def _as_json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, default=_described)
 
 
 def _weights_of(model: Any, download_dir: str | None) -> list[str]:

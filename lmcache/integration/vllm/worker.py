@@ -38,7 +38,7 @@ from lmcache.integration.vllm.steps import (
     StoreSpan,
     WorkerHello,
 )
-from lmcache.integration.vllm.utils import ConnectorConfig, engine_namespace, mla_enabled, process_token
+from lmcache.integration.vllm.utils import ConnectorConfig, identify_engine, mla_enabled, process_token
 from lmcache.keys import Namespace
 from lmcache.layout import SUPPORTED_DEVICES, SUPPORTED_KV_GROUPS, KVLayout
 from lmcache.log import RateLimitedLog, init_logger
@@ -147,14 +147,14 @@ class WorkerHalf:
             config = kv_cache_config or ask_layers(kv_caches, vllm_config)
             layout, planes = read_layout(kv_caches, vllm_config, config)
             copier = make_copier(layout, planes, staging_bytes=self._config.staging_bytes)
-            namespace = engine_namespace(vllm_config, layout, is_replicated(vllm_config, config))
+            identity = identify_engine(vllm_config, layout, is_replicated(vllm_config, config))
         except Exception as exc:  # an engine that we do not understand serves on without us
             self.refuse(exc)
         else:
             if self._config.requires_native and not copier.is_native:
                 raise ValueError(NOT_NATIVE)
             parallel = vllm_config.parallel_config
-            self.start(copier, namespace, parallel.rank, parallel.world_size)
+            self.start(copier, identity.namespace, parallel.rank, parallel.world_size, identity.revision_parts)
 
     def refuse(self, exc: Exception) -> None:
         """Serve on without the cache, and say why."""
@@ -165,7 +165,14 @@ class WorkerHalf:
         self.hello = WorkerHello(refusal=reason)
         logger.error("serving without the KV cache: %s", reason, exc_info=unforeseen)
 
-    def start(self, copier: ChunkCopier, namespace: Namespace, rank: int = 0, num_ranks: int = 1) -> None:
+    def start(
+        self,
+        copier: ChunkCopier,
+        namespace: Namespace,
+        rank: int = 0,
+        num_ranks: int = 1,
+        revision_parts: Mapping[str, str] | None = None,
+    ) -> None:
         """Begin to work, perhaps anew and with other tensors; the server is told now, or as soon as it is there."""
         self._end_transfers()
         self._copier = copier
@@ -175,7 +182,9 @@ class WorkerHalf:
             self._client.watch_mapping(lambda view: copier.pin_pool(view, self.is_computing))
             self._client.watch_pins(copier.pin_report)
             processes = [token for token in map(process_token, (os.getpid(), os.getppid())) if token]
-            reply = self._client.register(namespace, copier.layout, rank, num_ranks, processes, backend=copier.backend)
+            reply = self._client.register(
+                namespace, copier.layout, rank, num_ranks, processes, backend=copier.backend, revision_parts=revision_parts
+            )
             logger.info(
                 "KV cache server found: %.1f KiB a token, L1 holds %d tokens",
                 reply.bytes_per_token / 1024,
