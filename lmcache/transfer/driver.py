@@ -46,6 +46,7 @@ class CudaDriver:
             "cuCtxSetCurrent": [handle],
             "cuThreadExchangeStreamCaptureMode": [ctypes.POINTER(ctypes.c_int)],
             "cuGetErrorName": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
+            "cuDriverGetVersion": [ctypes.POINTER(ctypes.c_int)],
         }.items():
             function = getattr(self._lib, name)
             function.argtypes, function.restype = arguments, ctypes.c_int
@@ -63,6 +64,12 @@ class CudaDriver:
             name = ctypes.c_char_p()
             self._lib.cuGetErrorName(status, ctypes.byref(name))
             raise CudaError(f"{what} failed: {(name.value or b'?').decode()} ({status})")
+
+    def cuda_version(self) -> str:
+        """Return the latest CUDA that the driver supports, such as "13.0"; needs no context."""
+        number = ctypes.c_int()
+        self._check(self._lib.cuDriverGetVersion(ctypes.byref(number)), "cuDriverGetVersion")
+        return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
     def current_context(self) -> Any:
         """Return the calling thread's context; a thread of its own must take it over before it calls the driver."""

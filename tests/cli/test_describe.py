@@ -6,6 +6,7 @@ import re
 import msgspec
 import pytest
 
+from lmcache import __version__
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.keys import chunk_keys
 from lmcache.layout import shown_sessions
@@ -120,6 +121,25 @@ def test_how_much_of_the_pool_each_gpu_has_pinned_is_shown():
         with http_peer(200, json.dumps(status).encode()) as port:
             found = fields(Cli(f"http://localhost:{port}")("describe", "kvcache").stdout)
         assert {label: value for label, value in found.items() if "inn" in label} == told
+
+
+@pytest.mark.parametrize("gpu", [[], ["CUDA 12.8", "driver for CUDA 13.0"]])
+def test_the_software_of_each_engine_rank_is_shown(cli: Cli, server: LmcacheServer, gpu: list[str]):
+    """VER-2."""
+    with KVCacheClient(server.zmq_url, kind="engine-worker", software=["vllm 8", "LMCacheMPConnector", *gpu]) as engine:
+        engine.register(namespace(), LAYOUT)
+        found = fields(cli("describe", "kvcache").stdout)
+    assert found["Software"] == ", ".join([f"lmcache {__version__}", "vllm 8", "LMCacheMPConnector", *gpu])
+
+
+def test_the_commands_own_version_is_shown_beside_the_servers():
+    """VER-2."""
+    status = {"healthy": True, "version": "9.8", "l1": {"capacity_bytes": 1, "used_bytes": 0}}
+    with http_peer(200, json.dumps(status).encode()) as port:
+        cli = Cli(f"http://localhost:{port}")
+        found, document = fields(cli("describe", "kvcache").stdout), cli.json("describe", "kvcache")
+    assert (found["Version"], found["Command's version"]) == ("9.8", __version__)
+    assert (document["version"], document["command_version"]) == ("9.8", __version__)
 
 
 def test_config_shows_each_value_and_its_source(cli: Cli):

@@ -22,6 +22,7 @@ from lmcache.integration.vllm.worker import is_replicated, read_layout
 from lmcache.keys import Namespace, chunk_keys
 from lmcache.layout import KVLayout
 from lmcache.protocol import RegisterKVCache, decode_request, encode
+from lmcache.transfer.driver import CudaDriver
 
 ENGINE = Namespace(model="m", chunk_size=4)
 BYTES = KVLayout(num_layers=1, num_planes=1, block_bytes=1, block_size=1, dtype="u8")
@@ -383,3 +384,47 @@ def test_a_version_of_vllm_that_was_never_run_is_warned_of_and_used(monkeypatch,
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
     assert software("LMCacheMPConnector") == [f"vllm {version}", "LMCacheMPConnector"]
     assert (f"vLLM {version} was not run with this version of lmcache" in caplog.text) == is_warned_of
+
+
+class CudaLibrary:
+    """A fake of NVIDIA's driver, which supports CUDA 13.2, and whose calls return `status`."""
+
+    def __init__(self, status):
+        self._status = status
+
+    def __getattr__(self, name):
+        def call(*args):
+            if name == "cuDriverGetVersion":
+                args[0]._obj.value = 13020
+            return self._status
+
+        setattr(self, name, call)
+        return call
+
+
+@pytest.mark.parametrize(
+    ("built_for", "status", "expected"),
+    [
+        ("12.8", 0, ["CUDA 12.8", "driver for CUDA 13.2"]),
+        ("12.8", 100, []),  # CUDA_ERROR_NO_DEVICE
+        ("12.8", None, []),  # no driver
+        (None, 0, []),  # PyTorch for the CPU
+    ],
+)
+def test_a_worker_with_a_gpu_says_for_which_cuda_its_torch_and_its_driver_are(monkeypatch, built_for, status, expected):
+    """VER-2."""
+
+    def load(name):
+        if status is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return CudaLibrary(status)
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.32.0"))
+    monkeypatch.setattr(pytest.importorskip("torch").version, "cuda", built_for)
+    with monkeypatch.context() as patch:
+        patch.setattr("lmcache.transfer.driver.driver", CudaDriver)
+        for kind in ("CDLL", "PyDLL"):
+            patch.setattr(f"lmcache.transfer.driver.ctypes.{kind}", load)
+        told = software("LMCacheMPConnector", is_worker=True)
+        assert software("LMCacheMPConnector") == told[:2] == ["vllm 0.32.0", "LMCacheMPConnector"]
+    assert told[2:] == expected

@@ -85,7 +85,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             timeout_seconds=config.timeout_seconds,
             heartbeat=True,
             heartbeat_seconds=config.heartbeat_seconds,
-            software=software("LMCacheMPConnector"),
+            software=software("LMCacheMPConnector", is_worker),
         )
         self._joins_layers = config.cross_layer_blocks
         self._worker: WorkerHalf | None = None

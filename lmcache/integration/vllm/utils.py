@@ -348,15 +348,30 @@ def layout_of_joined_layers() -> str | None:
     return "BLNHC" if "BLNHC" in KVCacheLayout.__members__ else None
 
 
-def software(connector: str) -> list[str]:
-    """Return the versions that decide how we get on with vLLM; warns when vLLM's was never run with ours."""
+def software(connector: str, is_worker: bool = False) -> list[str]:
+    """Return the versions that decide how we get on with vLLM, a worker's with those of its GPU's software; warns when vLLM's
+    was never run with ours."""
     from vllm import __version__ as vllm_version
 
     if not vllm_version.startswith(RUN_WITH_VLLM):
         logger.warning(
             "vLLM %s was not run with this version of lmcache; those that were: %s", vllm_version, ", ".join(RUN_WITH_VLLM)
         )
-    return [f"vllm {vllm_version}", connector]
+    return [f"vllm {vllm_version}", connector, *(_gpu_software() if is_worker else [])]
+
+
+def _gpu_software() -> list[str]:
+    """Return the CUDA that PyTorch was built with and the latest that the driver supports; [] where there is no GPU."""
+    import torch
+
+    from lmcache.transfer.driver import CudaError, driver
+
+    if not torch.version.cuda:
+        return []
+    try:
+        return [f"CUDA {torch.version.cuda}", f"driver for CUDA {driver().cuda_version()}"]
+    except CudaError:
+        return []
 
 
 def process_token(pid: int) -> str:

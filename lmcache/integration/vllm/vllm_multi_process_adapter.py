@@ -264,7 +264,7 @@ class LMCacheMPWorkerAdapter:
             timeout_seconds=config.timeout_seconds,
             heartbeat=True,
             heartbeat_seconds=config.heartbeat_seconds,
-            software=software("LMCacheMPConnectorUpstream"),
+            software=software("LMCacheMPConnectorUpstream", is_worker=True),
         )
         self._half = WorkerHalf(self._client, config)
         self._streams: dict[str, _TokenStream] = {}

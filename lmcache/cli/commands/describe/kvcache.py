@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 
+from lmcache import __version__
 from lmcache.cli.commands.describe.watch import Sample
 
 TYPE_CHECKING = False
@@ -98,6 +99,7 @@ def _add_service(result: Result, view: View) -> None:
 def _add_process(result: Result, view: View) -> None:
     result.section("Process")
     result.row("Version", view.version)
+    result.row("Command's version", __version__, key="command_version")
     result.row("Protocol", f"{view.protocol.min} to {view.protocol.max}")
     if view.supported.kv_groups:
         result.row("KV groups supported", ", ".join(view.supported.kv_groups))
