@@ -6,7 +6,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-engine test-storage test-rest check fuzz chaos setup setup-l2 setup-vllm clean
+.PHONY: demo test test-engine test-storage test-rest install-test check fuzz chaos setup setup-l2 setup-vllm clean
 
 demo: .venv/.stamp-demo
 	@$(MAKE) --no-print-directory setup-vllm || echo "vLLM for the CPU cannot be installed here: the demo goes on without it"
@@ -24,6 +24,9 @@ test-storage:
 
 test-rest:
 	$(PY) -m pytest -q -m "not vllm" --ignore tests/storage
+
+install-test: setup
+	$(PY) scripts/check_install.py
 
 check: setup
 	$(PY) -m ruff format --check .

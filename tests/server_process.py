@@ -38,6 +38,7 @@ class LmcacheServer:
         http: False starts it with `--no-http`.
         leaves_pool: True where the flags ask for a pool that outlives the process.
         port: where it listens; 0 takes a free one.
+        command: another `lmcache` than this environment's.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class LmcacheServer:
         http: bool = True,
         leaves_pool: bool = False,
         port: int = 0,
+        command: Sequence[str] = LMCACHE,
     ) -> None:
         self.port = port or free_port()
         self.http_port = free_port()
@@ -57,7 +59,7 @@ class LmcacheServer:
         self._leaves_pool = leaves_pool
         self._env = {**clean_environment(), **(env or {})}
         self._command = [
-            *LMCACHE,
+            *command,
             "server",
             *("--port", str(self.port), "--l1-size-gb", str(l1_size_gb)),
             *(("--http-port", str(self.http_port)) if http else ("--no-http",)),
