@@ -170,6 +170,7 @@ class CacheStatus(msgspec.Struct):
     counters: CacheCounters
     chunk_size: int = 0
     version: str = ""
+    config: dict[str, dict[str, Any]] = {}
     l2: list[dict[str, Any]] = []
     clients: list[ClientKind] = []
 

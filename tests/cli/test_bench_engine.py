@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from lmcache import __version__
 from lmcache.cli.base import http_url
 from lmcache.cli.commands.bench import phases, section
 from lmcache.cli.commands.bench.engine import name_model
@@ -487,6 +488,26 @@ def test_text_has_one_table_and_json_one_document(engine_cli, server: LmcacheSer
     assert document["lmcache"]["l1_hit_ratio_unknown_because"] == "the engine looked nothing up"
 
 
+def test_json_says_by_which_settings_and_versions_it_was_measured(engine_cli, server: LmcacheServer):
+    """BEN-10."""
+    routes = {"/health": (200, ""), "/metrics": (200, METRICS), "/version": (200, {"version": "0.32.0"})}
+    with engine_peer(routes) as peer:
+        words = ["bench", "engine", "--url", peer.url, "--num_prompts=3", "--header", "Authorization=Bearer a-secret", "--cold"]
+        text = engine_cli(*words, "--kvcache-url", server.zmq_url, "--format", "json").stdout
+    found = json.loads(text)["lmcache"]
+    settings = found["settings"]
+    assert (settings["num_prompts"], settings["custom_output_len"], settings["base_url"]) == (3, 4, peer.url)
+    assert (settings["cold"], settings["verify"], settings["kvcache_url"]) == (True, None, server.zmq_url)
+    assert settings["request_rate"] == "inf"
+    assert settings["header"] == ["Authorization=..."]
+    assert "a-secret" not in text
+    versions = found["versions"]
+    assert versions["client"] == versions["server"] == __version__
+    assert (versions["engine"], versions["vllm"]) == ("0.32.0", "fake")
+    assert found["environment"]["server_config"]["chunk_size"] == 256
+    assert found["environment"]["num_cpus"] > 0
+
+
 def test_quiet_prints_nothing_and_output_takes_the_table(engine_cli, tmp_path):
     words = ["bench", "engine", "--url", engine_cli.engine_url]
     done = engine_cli(*words, "-q")
@@ -502,6 +523,7 @@ def test_no_cache_server_at_the_default_address_makes_its_figures_unknown(engine
     words = ("bench", "engine", "--url", engine_cli.engine_url)
     document = engine_cli.json(*words, LMCACHE_URL="")
     assert "--kvcache-url" in document["lmcache"]["l1_hit_ratio_unknown_because"]
+    assert document["lmcache"]["versions"]["server"] is document["lmcache"]["environment"]["server_config"] is None
     assert "cannot connect" in engine_cli.refused(*words, "--kvcache-url", f"localhost:{free_port()}", code=3)
 
 

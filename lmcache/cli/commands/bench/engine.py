@@ -152,7 +152,7 @@ def run(args: Namespace) -> int:
             vllm_args.dataset_name = "custom"
         check_engine(url, args.timeout, vllm_args.ready_check_timeout_sec)
         name_model(vllm_args, url, args.timeout)
-        observer = CacheObserver(args, url, cache, meaning_of_hits(args, vllm_args))
+        observer = CacheObserver(args, vllm_args, url, cache)
         observer.prepare(vllm_args.backend)
         table: list[str] | None = [] if args.output is not None and args.format == "text" else None
         salt = secrets.token_hex(8) if args.cold else ""
@@ -227,6 +227,39 @@ def run_vllm(bench: ServeBench, vllm_args: Namespace) -> dict[str, Any]:
         raise UsageError(f"vLLM's benchmark did not start: {reason}", hint, "vllm") from exc
 
 
+def effective_settings(args: Namespace, vllm_args: Namespace, kvcache_url: Url) -> dict[str, Any]:
+    """Return vLLM's flags and ours as they took effect, for JSON; of headers, which may hold a key, only the names."""
+    found = {name: _plain(value) for name, value in vars(vllm_args).items()}
+    if found.get("header"):
+        found["header"] = [header.partition("=")[0] + "=..." for header in found["header"]]
+    for name in ("prompt", "reset_prefix_cache", "cold", "no_estimate", "verify", "allow_failures", "timeout"):
+        found[name] = getattr(args, name)
+    return {**found, "corpus": dict(args.corpus or ()), "kvcache_url": kvcache_url.text}
+
+
+def _plain(value: Any) -> Any:
+    """Return the value as JSON has it; what JSON has not, such as an endless rate, as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    is_plain = value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_plain else str(value)
+
+
+def read_version(url: Url, timeout: float) -> str | None:
+    """Return the engine's version; None where it does not tell."""
+    from lmcache.cli.engine import Unknown, engine_version
+    from lmcache.cli.http import ENGINE, HttpClient
+
+    try:
+        with HttpClient(url, timeout, ENGINE) as client:
+            version = engine_version(client)
+    except LMCacheError:
+        return None
+    return None if isinstance(version, Unknown) else version
+
+
 @contextlib.contextmanager
 def results_alone_on_stdout(args: Namespace) -> Iterator[None]:
     """With `--format json` all that vLLM and its libraries print goes to stderr, with `-q` nowhere.
@@ -252,11 +285,13 @@ def results_alone_on_stdout(args: Namespace) -> Iterator[None]:
 class CacheObserver:
     """Watches one benchmark: reads the counters around it, and makes the section of what they say."""
 
-    def __init__(self, args: Namespace, url: Url, cache: CacheReader, meaning_of_hits: str) -> None:
+    def __init__(self, args: Namespace, vllm_args: Namespace, url: Url, cache: CacheReader) -> None:
         self._args = args
+        self._vllm_args = vllm_args
         self._url = url
         self._cache = cache
-        self._meaning_of_hits = meaning_of_hits
+        self._meaning_of_hits = meaning_of_hits(args, vllm_args)
+        self._engine_version: str | None = None
         self._notes: list[str] = []
         self.is_vllm = False
         self.seen: CacheRun | None = None
@@ -271,6 +306,7 @@ class CacheObserver:
         from lmcache.cli.engine import reset_prefix_cache
 
         self.is_vllm = isinstance(self._read_engine(), EngineCounters)
+        self._engine_version = read_version(self._url, self._args.timeout)
         if self._args.cold and not (self.is_vllm and backend in SALTED_BACKENDS):
             raise UsageError("--cold needs vLLM, and one of the backends " + ", ".join(SALTED_BACKENDS), "drop --cold")
         if self._args.reset_prefix_cache:
@@ -317,6 +353,7 @@ class CacheObserver:
             first_error=next((last_line(sent.output.error) for sent in bench.sent if not sent.output.success), ""),
             meaning_of_hits=self._meaning_of_hits,
             notes=self._notes,
+            circumstances=self._circumstances(),
         )
         return section.lines(self.seen), section.document(self.seen)
 
@@ -340,6 +377,19 @@ class CacheObserver:
         if isinstance(self._cache_after, Unknown):
             return AnswerCheck(inconclusive_because=self._cache_after.because)
         return await Verifier(bench, self._url, self._args.timeout, self._cache_after.chunk_size).check(self._args.verify)
+
+    def _circumstances(self) -> dict[str, Any]:
+        """Return what `bench kvcache` says of a run too: every setting as it took effect, versions and the machine."""
+        from lmcache.cli.commands.bench.measure import machine, server_config, versions
+        from lmcache.cli.engine import Unknown
+
+        status = None if isinstance(self._cache_before, Unknown) else self._cache_before
+        vllm_version = getattr(sys.modules.get("vllm"), "__version__", None)
+        return {
+            "settings": effective_settings(self._args, self._vllm_args, self._cache.url),
+            "versions": {**versions(status.version if status else None), "vllm": vllm_version, "engine": self._engine_version},
+            "environment": {**machine(), "server_config": server_config(status.config) if status else None},
+        }
 
     def _read_engine(self) -> EngineCounters | Unknown:
         from lmcache.cli.counters import read_engine

@@ -561,7 +561,7 @@ def _figures(
     workload, num_prompts = plans[0].workload, plans[0].num_prompts
     run = BenchRun(
         settings=_effective_settings(settings, workload, num_prompts),
-        versions=_versions(at_start),
+        versions=versions(at_start["version"]),
         environment=_environment(at_start),
         is_inline=any(report.is_inline for report in reports),
         device=max(
@@ -820,11 +820,11 @@ def _effective_settings(settings: BenchSettings, workload: Workload, num_prompts
     return effective
 
 
-def _versions(status: dict[str, Any]) -> dict[str, Any]:
+def versions(server: str | None) -> dict[str, Any]:
     """Return both sides' versions, and of the libraries that the figures depend on."""
     return {
         "client": lmcache.__version__,
-        "server": status["version"],
+        "server": server,
         "protocol": PROTOCOL_VERSION,
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("msgspec", "pyzmq", "xxhash")},
@@ -835,15 +835,23 @@ def _environment(status: dict[str, Any]) -> dict[str, Any]:
     """Return the machine, and the server's pool and configuration."""
     l1 = status["l1"]
     return {
-        "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "num_cpus": len(os.sched_getaffinity(0)),
+        **machine(),
         "l1_capacity_bytes": l1["capacity_bytes"],
         "l1_used_bytes_at_start": l1["used_bytes"],
         "eviction_policy": l1["eviction_policy"],
         "pool_path": l1["pool_path"],
-        "server_config": {name: entry.get("value") for name, entry in status.get("config", {}).items()},
+        "server_config": server_config(status.get("config", {})),
     }
+
+
+def machine() -> dict[str, Any]:
+    """Return what this machine is."""
+    return {"platform": platform.platform(), "cpu": _cpu_model(), "num_cpus": len(os.sched_getaffinity(0))}
+
+
+def server_config(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the value of each of the server's settings."""
+    return {name: entry.get("value") for name, entry in config.items()}
 
 
 def _cpu_model() -> str:

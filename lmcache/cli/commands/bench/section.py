@@ -38,6 +38,7 @@ class CacheRun:
         mean_ttft: their mean time to the first token, in seconds.
         first_error: what was wrong with the first request that was not.
         meaning_of_hits: what it means when tokens came from a cache, where none should have; else nothing.
+        circumstances: by which settings, of which versions and where; for JSON only.
     """
 
     tokens: TokenOrigins | Unknown
@@ -53,6 +54,7 @@ class CacheRun:
     first_error: str = ""
     meaning_of_hits: str = ""
     notes: list[str] = field(default_factory=list)
+    circumstances: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -277,4 +279,5 @@ def document(run: CacheRun) -> dict[str, Any]:
     found["failed_warm_ups"] = run.failed_warm_ups
     found["verify"] = None if run.check is None else asdict(run.check)
     found["warnings"] = warnings(run)
+    found.update(run.circumstances)
     return found

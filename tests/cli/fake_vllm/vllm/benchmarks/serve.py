@@ -60,6 +60,8 @@ def add_cli_args(parser):
     parser.add_argument("--ready-check-timeout-sec", type=int, default=0)
     parser.add_argument("--ignore-eos", action="store_true")
     parser.add_argument("--disable-tqdm", action="store_true")
+    parser.add_argument("--request-rate", type=float, default=float("inf"))
+    parser.add_argument("--header", nargs="*")
     parser.add_argument("--model")
 
 
