@@ -346,6 +346,27 @@ def test_an_answer_may_be_short_where_the_end_of_the_text_ends_it(serve):
     assert result["failed"] == 0
 
 
+def test_an_answer_of_vllm_without_usage_has_failed(serve):
+    observer = Observer(serve)
+    result = ServeBench(serve, observer, prompts=["good", "broken"]).run(arguments(ignore_eos=False))
+    assert (result["completed"], result["errors"]) == (2, ["", "the stream ended without usage", ""])
+    assert observer.calls[-1] == ("ended", 2)
+
+
+@pytest.mark.parametrize(("backend", "is_vllm"), [("other", True), ("openai", False)])
+def test_usage_is_not_asked_of_who_may_send_none(serve, backend, is_vllm):
+    bench = ServeBench(serve, Observer(serve, is_vllm), prompts=["broken"])
+    assert bench.run(arguments(backend=backend))["completed"] == 3
+
+
+def test_a_broken_answer_to_warm_up_or_to_calibrate_has_failed_too(serve):
+    observer = Calibrating(serve)
+    bench = ServeBench(serve, observer, prompts=["broken"])
+    bench.run(arguments(num_warmups=1))
+    assert bench.failed_warm_ups == 1
+    assert observer.found.because == "a request for the estimate failed: the stream ended without usage"
+
+
 def test_without_salts_nothing_is_calibrated_or_verified(serve):
     bench = ServeBench(serve, Observer(serve, is_vllm=False))
     bench.run(arguments())

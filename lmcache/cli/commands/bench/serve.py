@@ -185,6 +185,11 @@ class ServeBench:
         return self._arguments.get("endpoint_type") in SALTED_BACKENDS and self._observer.is_vllm
 
     @property
+    def counts_tokens(self) -> bool:
+        """Whether each answer that is whole ends with its usage, as vLLM's answers of text do."""
+        return self.can_salt
+
+    @property
     def takes_token_ids(self) -> bool:
         """Whether a prompt may be token ids."""
         return self._arguments.get("endpoint_type") in TOKEN_BACKENDS
@@ -279,6 +284,9 @@ class ServeBench:
             if self._salts[phase] and self.can_salt:
                 request = replace(request, extra_body={**(request.extra_body or {}), "cache_salt": self._salts[phase]})
             output = await function(request_func_input=request, session=session, pbar=pbar)
+            if output.success and self.counts_tokens and not output.output_tokens:
+                # vLLM's client looks past an error within a stream, and takes what came before for the answer.
+                _fail(output, "the stream ended without usage")
             if phase is Phase.RUN:
                 self._keep(Sent(request, output))
             elif phase is Phase.WARM_UP and not output.success:
@@ -289,8 +297,7 @@ class ServeBench:
 
     def _keep(self, sent: Sent) -> None:
         if sent.output.success and sent.is_short:
-            sent.output.success = False  # what did not do its work shall not lower the percentiles
-            sent.output.error = f"short answer: {sent.output.output_tokens} of {sent.request.output_len} tokens"
+            _fail(sent.output, f"short answer: {sent.output.output_tokens} of {sent.request.output_len} tokens")
         self.sent.append(sent)
 
     def _samples(self, args: Namespace, tokenizer: Any, **_: Any) -> list[Any]:
@@ -380,6 +387,12 @@ def replaced(module: Any, values: Mapping[str, Any]) -> Iterator[None]:
         for name in values:
             del vars(module)[name]
         vars(module).update(before)
+
+
+def _fail(output: Any, error: str) -> None:
+    """Count an answer as failed: what did not do its work shall not lower the percentiles."""
+    output.success = False
+    output.error = error
 
 
 def last_line(text: str) -> str:

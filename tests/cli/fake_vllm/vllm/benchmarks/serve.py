@@ -1,6 +1,7 @@
 """What `lmcache.cli.commands.bench.serve` relies on in vLLM's module of this name, and no network.
 
-The words of a prompt say what becomes of its request: `fail` fails, `short` ends after one token. SENT keeps all that was sent.
+The words of a prompt say what becomes of its request: `fail` fails, `short` ends after one token, `broken` without
+its usage. SENT keeps all that was sent.
 """
 
 import asyncio
@@ -40,6 +41,8 @@ async def send(request_func_input, session, pbar=None):
     SENT.append(request_func_input)
     if "fail" in request_func_input.prompt:
         return Output(success=False, ttft=0.0, error="Traceback\n  at line 1\nServerDown: gone\n")
+    if "broken" in request_func_input.prompt:
+        return Output()
     return Output(output_tokens=1 if "short" in request_func_input.prompt else request_func_input.output_len)
 
 
