@@ -262,6 +262,7 @@ def arguments(**changes):
         "model": None,
         "custom_output_len": 4,
         "request_id_prefix": "x-",
+        "lora_modules": None,
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -365,6 +366,20 @@ def test_a_broken_answer_to_warm_up_or_to_calibrate_has_failed_too(serve):
     bench.run(arguments(num_warmups=1))
     assert bench.failed_warm_ups == 1
     assert observer.found.because == "a request for the estimate failed: the stream ended without usage"
+
+
+class Again(Observer):
+    async def after(self, bench, result):
+        for request in [*bench.requests, self.module.SampleRequest("not of the run", 4)]:
+            for _ in range(2):
+                await bench.again([request])
+        return [], {}
+
+
+def test_a_request_sent_again_goes_to_the_adapter_that_it_had(serve):
+    ServeBench(serve, Again(serve)).run(arguments(num_warmups=1, lora_modules=["a", "b"]))
+    assert [request.model for request in serve.SENT[1:4]] == ["b", "a", "b"]
+    assert [request.model for request in serve.SENT[4:]] == ["b", "b", "a", "a", "b", "b", "a", "a"]
 
 
 def test_without_salts_nothing_is_calibrated_or_verified(serve):

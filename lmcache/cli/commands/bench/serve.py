@@ -216,6 +216,8 @@ class ServeBench:
     async def again(self, requests: Sequence[Any], **changes: Any) -> dict[str, Any]:
         """Send more requests one by one, as the benchmark did and without a word, and return vLLM's figures of them.
 
+        A request of the run goes to the adapter that it had there: vLLM would draw lots again.
+
         Args:
             changes: of the arguments that vLLM gave to `benchmark`.
         """
@@ -232,6 +234,8 @@ class ServeBench:
             "probe_request_rate": 0.0,
             "goodput_config_dict": {},
         }
+        if self._arguments.get("lora_modules"):
+            quiet |= {"lora_modules": [self._adapter(request) for request in requests], "lora_assignment": "round-robin"}
         arguments = {**self._arguments, **{name: value for name, value in quiet.items() if name in self._arguments}}
         with replaced(self._serve, {"print": lambda *values, **options: None}):
             return dict(await self._original(**{**arguments, "input_requests": list(requests), **changes}))
@@ -239,6 +243,11 @@ class ServeBench:
     def extra_body(self, **fields: Any) -> dict[str, Any]:
         """Return the benchmark's own extra fields of each request, and these."""
         return {**(self._arguments.get("extra_body") or {}), **fields}
+
+    def _adapter(self, request: Any) -> str:
+        """Return the LoRA adapter that a request of the run had; the first where it is not known."""
+        names = (sent.request.model for sent in self.sent if sent.request.request_id == request.request_id)
+        return str(next(names, next(iter(self._arguments["lora_modules"]))))
 
     async def _benchmark(self, **arguments: Any) -> dict[str, Any]:
         self._arguments = arguments

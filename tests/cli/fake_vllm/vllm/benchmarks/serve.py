@@ -26,6 +26,8 @@ class Input:
     output_len: int
     ignore_eos: bool
     extra_body: dict | None = None
+    model: str = "base"
+    request_id: str | None = None
 
 
 @dataclass
@@ -66,25 +68,36 @@ def add_cli_args(parser):
     parser.add_argument("--request-rate", type=float, default=float("inf"))
     parser.add_argument("--header", nargs="*")
     parser.add_argument("--model")
+    parser.add_argument("--lora-modules", nargs="+")
 
 
 def get_samples(args, tokenizer, **_):
-    return [SampleRequest(f"random {index}", 2, 4) for index in range(args.num_prompts)]
+    return [
+        SampleRequest(f"random {index}", 2, 4, request_id=f"{args.request_id_prefix}{index}")
+        for index in range(args.num_prompts)
+    ]
 
 
-async def benchmark(endpoint_type, input_requests, num_warmups, ignore_eos, extra_body=None):
+async def benchmark(
+    endpoint_type, input_requests, num_warmups, ignore_eos, extra_body=None, lora_modules=None, lora_assignment="random"
+):
     function = ASYNC_REQUEST_FUNCS[endpoint_type]
 
-    async def ask(request):
+    def adapter(index):
+        """Chance goes on from call to call; in turn starts anew."""
+        turn = index if lora_assignment == "round-robin" else len(SENT)
+        return lora_modules[turn % len(lora_modules)] if lora_modules else "base"
+
+    async def ask(request, model="base"):
         body = {**(extra_body or {}), **(request.request_overrides or {})}
-        given = Input(request.prompt, request.expected_output_len, ignore_eos, body)
+        given = Input(request.prompt, request.expected_output_len, ignore_eos, body, model, request.request_id)
         return await function(request_func_input=given, session=None)
 
     print("Starting initial single prompt test run...")
     for _ in range(num_warmups):
         await ask(input_requests[0])
     print("Starting main benchmark run...")
-    outputs = [await ask(request) for request in input_requests]
+    outputs = [await ask(request, adapter(index)) for index, request in enumerate(input_requests)]
     completed = sum(output.success for output in outputs)
     print("{s:{c}^{n}}".format(s=" Serving Benchmark Result ", n=50, c="="))
     print("{:<40} {:<10}".format("Successful requests:", completed))
@@ -113,6 +126,8 @@ def main(args):
             input_requests=requests,
             num_warmups=args.num_warmups,
             ignore_eos=args.ignore_eos,
+            lora_modules=args.lora_modules,
+            lora_assignment="random",
         )
     )
     return {"backend": args.backend, **result}
