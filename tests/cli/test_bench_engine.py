@@ -486,6 +486,7 @@ def test_answers_are_compared_after_the_same_steps(monkeypatch):
         ([[1, 2, 3, 4]], [], "longer than a chunk of 4"),
         (PROMPTS, [("text", 8, 0), OWN], "no token was loaded"),
         (PROMPTS, [LOADED, ("other", 0, 8)], "answers differ, and the engine's own prefix cache gave 0 tokens"),
+        (PROMPTS, [LOADED, OWN, ("", 0, 8), ("", 8, 0)], "both answers to a prompt are empty"),
         (PROMPTS, [("error", 0, 0)], "a request for the check failed: error"),
     ],
 )

@@ -169,6 +169,8 @@ class Verifier:
         own_text, own_origins = await self._second_step(request, is_own=True)
         if not origins.external:
             raise InconclusiveCheckError("no token was loaded from the cache server")
+        if not own_text and not loaded_text:
+            raise InconclusiveCheckError("both answers to a prompt are empty; pass --ignore-eos, or other prompts")
         # Where the split was another, equal answers are still equal; others say nothing.
         if own_text != loaded_text and own_origins.engine_cache != origins.external:
             raise InconclusiveCheckError(
