@@ -425,16 +425,17 @@ def _refuse_unknown(names: Sequence[str]) -> None:
 class Url:
     """An address: `is_http` decides the transport, `text` is what its library takes.
 
-    `host` is empty and `port` 0 for `ipc://`.
+    `host` is empty and `port` 0 for `ipc://`. Without `checks_certificate` whoever answers there to https is believed.
     """
 
-    __slots__ = ("host", "is_http", "port", "text")
+    __slots__ = ("checks_certificate", "host", "is_http", "port", "text")
 
     def __init__(self, text: str, *, is_http: bool, host: str = "", port: int = 0) -> None:
         self.text = text
         self.is_http = is_http
         self.host = host
         self.port = port
+        self.checks_certificate = True
 
     def __str__(self) -> str:
         return self.text

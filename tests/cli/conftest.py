@@ -1,9 +1,12 @@
 """One server for the tests of the command line, and the commands run against it."""
 
 import json
+import shutil
+import ssl
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +87,20 @@ def engine(server: LmcacheServer) -> Iterator[KVCacheClient]:
         client.register(namespace(), LAYOUT)
         yield client
         run_lmcache("kvcache", "clear", "-y", "--url", server.zmq_url)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[str, ssl.SSLContext]:
+    """The file of a certificate for `localhost` that nobody trusts, and the context of a server that has it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    key, file = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject, "-keyout", key, "-out"]
+    subprocess.run([*command, file], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file, key)
+    return file, context
 
 
 def namespace(model: str = MODEL) -> Namespace:

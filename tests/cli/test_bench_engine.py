@@ -605,6 +605,15 @@ def test_an_absent_engine_is_not_reachable(engine_cli):
         engine_cli.refused("bench", "engine", *where, code=3)
 
 
+def test_insecure_holds_for_our_own_questions_too(engine_cli, certificate):
+    _, context = certificate
+    routes = {"/health": (200, ""), "/metrics": (200, METRICS), "/reset_prefix_cache": (200, "")}
+    with engine_peer(routes, context) as peer:
+        words = ["bench", "engine", "--reset-prefix-cache", "--url", peer.url.replace("http:", "https:")]
+        assert engine_cli.json(*words, "--insecure")["lmcache"]["computed_prompt_tokens"] == 0
+        assert "hint: set SSL_CERT_FILE" in engine_cli.refused(*words, code=3)
+
+
 def test_an_engine_that_cannot_reset_its_cache_is_told_how_to(engine_cli):
     with http_peer(404, b"{}") as port:
         error = engine_cli.refused("bench", "engine", "--url", f"http://127.0.0.1:{port}", "--reset-prefix-cache", code=1)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 DEFAULT_VERIFY_PROMPTS = 8
 READY_STEP_SECONDS = 0.5
 ENDPOINT_FLAGS = ("--base-url", "--host", "--port")
+# With these vLLM's flags decide whether the engine is reached at all.
+CONNECTION_FLAGS = (*ENDPOINT_FLAGS, "--ready-check-timeout-sec", "--insecure")
 DATASET_FLAGS = ("--dataset-name", "--dataset-path")
 DESCRIPTION = (
     "Run 'vllm bench serve' against an engine, with all its flags and its output, and add what the KV cache did in this run: "
@@ -140,12 +142,13 @@ def run(args: Namespace) -> int:
     prompts = expand_prompts(args)
     cache = CacheReader(args.kvcache_url, args.timeout)
     cache.check()
-    if not serve.has_flag(args.rest, *ENDPOINT_FLAGS, "--ready-check-timeout-sec"):
+    if not serve.has_flag(args.rest, *CONNECTION_FLAGS):
         check_engine(engine_url(args), args.timeout)
     with results_alone_on_stdout(args):
         module = serve.load()
         vllm_args = serve.parse(serve.make_parser(module, args.parser.prog), args.rest, args.parser.options())
         url = engine_address(args, vllm_args)
+        url.checks_certificate = not vllm_args.insecure
         vllm_args.base_url = url.text
         vllm_args.disable_tqdm |= args.quiet
         if prompts:

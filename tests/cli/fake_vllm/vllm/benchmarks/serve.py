@@ -67,6 +67,7 @@ def add_cli_args(parser):
     parser.add_argument("--disable-tqdm", action="store_true")
     parser.add_argument("--request-rate", type=float, default=float("inf"))
     parser.add_argument("--header", nargs="*")
+    parser.add_argument("--insecure", action="store_true")
     parser.add_argument("--model")
     parser.add_argument("--lora-modules", nargs="+")
 
