@@ -605,6 +605,13 @@ def test_an_absent_engine_is_not_reachable(engine_cli):
         engine_cli.refused("bench", "engine", *where, code=3)
 
 
+@pytest.mark.parametrize("status", [404, 503])
+def test_an_engine_without_good_health_is_measured_with_a_warning(engine_cli, status):
+    with engine_peer({"/health": (status, ""), "/metrics": (200, METRICS)}) as peer:
+        document = engine_cli.json("bench", "engine", "--url", peer.url)
+    assert f"/health of {peer.url} answered HTTP {status}" in document["lmcache"]["warnings"]
+
+
 def test_insecure_holds_for_our_own_questions_too(engine_cli, certificate):
     _, context = certificate
     routes = {"/health": (200, ""), "/metrics": (200, METRICS), "/reset_prefix_cache": (200, "")}

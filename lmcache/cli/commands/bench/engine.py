@@ -106,8 +106,8 @@ def engine_address(args: Namespace, vllm_args: Namespace) -> Url:
     return http_url(f"http://{host}:{vllm_args.port}")
 
 
-def check_engine(url: Url, timeout: float, wait: float = 0.0) -> None:
-    """Return when something that speaks HTTP answers and does not say that it is ill, within `wait` seconds.
+def check_engine(url: Url, timeout: float, wait: float = 0.0) -> str:
+    """Return what the engine's `/health` says against it, if anything; while silent or ill it has `wait` seconds to get well.
 
     Raises: UnreachableError, LMCacheError.
     """
@@ -115,14 +115,14 @@ def check_engine(url: Url, timeout: float, wait: float = 0.0) -> None:
 
     give_up_at = time.monotonic() + wait
     while True:
+        is_last = time.monotonic() >= give_up_at
         try:
             with HttpClient(url, timeout, ENGINE) as client:
                 status = client.send("GET", "/health").status
-            if status < 500:
-                return
-            raise LMCacheError(f"the engine at {url} is not healthy: HTTP {status}", "see the engine's log", "unhealthy")
+            if status < 500 or is_last:
+                return f"/health of {url} answered HTTP {status}" if status == 404 or status >= 500 else ""
         except LMCacheError:
-            if time.monotonic() > give_up_at:
+            if is_last:
                 raise
         time.sleep(READY_STEP_SECONDS)
 
@@ -153,9 +153,9 @@ def run(args: Namespace) -> int:
         vllm_args.disable_tqdm |= args.quiet
         if prompts:
             vllm_args.dataset_name = "custom"
-        check_engine(url, args.timeout, vllm_args.ready_check_timeout_sec)
+        health = check_engine(url, args.timeout, vllm_args.ready_check_timeout_sec)
         name_model(vllm_args, url, args.timeout)
-        observer = CacheObserver(args, vllm_args, url, cache)
+        observer = CacheObserver(args, vllm_args, url, cache, [health] if health else [])
         observer.prepare(vllm_args.backend)
         table: list[str] | None = [] if args.output is not None and args.format == "text" else None
         salt = secrets.token_hex(8) if args.cold else ""
@@ -288,14 +288,14 @@ def results_alone_on_stdout(args: Namespace) -> Iterator[None]:
 class CacheObserver:
     """Watches one benchmark: reads the counters around it, and makes the section of what they say."""
 
-    def __init__(self, args: Namespace, vllm_args: Namespace, url: Url, cache: CacheReader) -> None:
+    def __init__(self, args: Namespace, vllm_args: Namespace, url: Url, cache: CacheReader, notes: list[str]) -> None:
         self._args = args
         self._vllm_args = vllm_args
         self._url = url
         self._cache = cache
         self._meaning_of_hits = meaning_of_hits(args, vllm_args)
         self._engine_version: str | None = None
-        self._notes: list[str] = []
+        self._notes = notes
         self.is_vllm = False
         self.seen: CacheRun | None = None
 
