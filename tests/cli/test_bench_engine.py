@@ -263,6 +263,7 @@ def arguments(**changes):
         "custom_output_len": 4,
         "request_id_prefix": "x-",
         "lora_modules": None,
+        "probe_request_rate": 0.0,
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -345,6 +346,19 @@ def test_short_answers_count_as_failed(serve):
 def test_an_answer_may_be_short_where_the_end_of_the_text_ends_it(serve):
     result = ServeBench(serve, Observer(serve), prompts=["short"]).run(arguments(ignore_eos=False))
     assert result["failed"] == 0
+
+
+def test_vllms_probes_are_no_requests_of_the_run(serve):
+    observer = Observer(serve)
+    result = ServeBench(serve, observer).run(arguments(probe_request_rate=1.0))
+    assert len(serve.SENT) == 4
+    assert observer.calls[-1] == ("ended", 4)
+    assert (result["lmcache"]["seen"], observer.bench.answered_probes) == (3, 1)
+
+
+def test_vllms_probes_are_no_other_clients_requests():
+    run = make_run(tokens=TokenOrigins(0, 3000, 1000, 12), answered_probes=2)
+    assert section.warnings(run) == []
 
 
 def test_an_answer_of_vllm_without_usage_has_failed(serve):

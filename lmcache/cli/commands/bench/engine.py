@@ -352,6 +352,7 @@ class CacheObserver:
             answered=len(good),
             short_requests=sum(sent.is_short for sent in bench.sent),
             failed_warm_ups=bench.failed_warm_ups,
+            answered_probes=bench.answered_probes,
             mean_ttft=statistics.fmean(ttfts) if ttfts else 0.0,
             first_error=next((last_line(sent.output.error) for sent in bench.sent if not sent.output.success), ""),
             meaning_of_hits=self._meaning_of_hits,

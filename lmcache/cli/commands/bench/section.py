@@ -35,6 +35,7 @@ class CacheRun:
 
     Args:
         answered: requests of the run that were answered in full.
+        answered_probes: what vLLM sent beside them (`--probe-request-rate`); the engine counts these too.
         mean_ttft: their mean time to the first token, in seconds.
         first_error: what was wrong with the first request that was not.
         meaning_of_hits: what it means when tokens came from a cache, where none should have; else nothing.
@@ -50,6 +51,7 @@ class CacheRun:
     answered: int = 0
     short_requests: int = 0
     failed_warm_ups: int = 0
+    answered_probes: int = 0
     mean_ttft: float = 0.0
     first_error: str = ""
     meaning_of_hits: str = ""
@@ -144,7 +146,7 @@ def _origin_warnings(run: CacheRun, tokens: TokenOrigins) -> list[str]:
         found.append(f"{format_ratio(tokens.cached_ratio)} of the prompt tokens came from a cache: {run.meaning_of_hits}")
     if not run.meaning_of_hits and not tokens.external:
         found.append(_no_external(run, tokens))
-    extra = tokens.finished_requests - run.num_requests
+    extra = tokens.finished_requests - run.num_requests - run.answered_probes
     if extra > 0:
         found.append(f"the engine finished {extra} more requests than this run sent: the figures include other clients'")
     if isinstance(run.cache, CacheUse):

@@ -138,7 +138,7 @@ class Observer(Protocol):
         """The run proper starts."""
 
     def ended(self, num_answered: int) -> None:
-        """The run proper has ended."""
+        """The run proper has ended, with so many answers, vLLM's probes among them."""
 
     async def after(self, bench: ServeBench, result: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
         """Return the lines to print before the closing rule, and the document for the result."""
@@ -170,6 +170,7 @@ class ServeBench:
         self.phase = Phase.WARM_UP
         self.sent: list[Sent] = []
         self.failed_warm_ups = 0
+        self.answered_probes = 0
         self.was_entered = False
         self._arguments: dict[str, Any] = {}
         self._saw_start = self._saw_end = False
@@ -283,7 +284,7 @@ class ServeBench:
     def _end(self) -> None:
         if not self._saw_end:
             self._saw_end = True
-            self._observer.ended(sum(bool(sent.output.success) for sent in self.sent))
+            self._observer.ended(sum(bool(sent.output.success) for sent in self.sent) + self.answered_probes)
 
     def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a request function that salts, and keeps what was sent."""
@@ -296,13 +297,19 @@ class ServeBench:
             if output.success and self.counts_tokens and not output.output_tokens:
                 # vLLM's client looks past an error within a stream, and takes what came before for the answer.
                 _fail(output, "the stream ended without usage")
-            if phase is Phase.RUN:
+            if phase is Phase.RUN and self._is_probe(request):
+                self.answered_probes += bool(output.success)
+            elif phase is Phase.RUN:
                 self._keep(Sent(request, output))
             elif phase is Phase.WARM_UP and not output.success:
                 self.failed_warm_ups += 1
             return output
 
         return send
+
+    def _is_probe(self, request: Any) -> bool:
+        """Whether vLLM sends this beside the data set, whose requests have ids, for figures of its own."""
+        return bool(self._arguments.get("probe_request_rate")) and request.request_id is None
 
     def _keep(self, sent: Sent) -> None:
         if sent.output.success and sent.is_short:

@@ -69,6 +69,7 @@ def add_cli_args(parser):
     parser.add_argument("--header", nargs="*")
     parser.add_argument("--insecure", action="store_true")
     parser.add_argument("--model")
+    parser.add_argument("--probe-request-rate", type=float, default=0.0)
     parser.add_argument("--lora-modules", nargs="+")
 
 
@@ -80,7 +81,14 @@ def get_samples(args, tokenizer, **_):
 
 
 async def benchmark(
-    endpoint_type, input_requests, num_warmups, ignore_eos, extra_body=None, lora_modules=None, lora_assignment="random"
+    endpoint_type,
+    input_requests,
+    num_warmups,
+    ignore_eos,
+    extra_body=None,
+    lora_modules=None,
+    lora_assignment="random",
+    probe_request_rate=0.0,
 ):
     function = ASYNC_REQUEST_FUNCS[endpoint_type]
 
@@ -99,6 +107,8 @@ async def benchmark(
         await ask(input_requests[0])
     print("Starting main benchmark run...")
     outputs = [await ask(request, adapter(index)) for index, request in enumerate(input_requests)]
+    if probe_request_rate:
+        await function(request_func_input=Input("Hi", 1, ignore_eos), session=None)
     completed = sum(output.success for output in outputs)
     print("{s:{c}^{n}}".format(s=" Serving Benchmark Result ", n=50, c="="))
     print("{:<40} {:<10}".format("Successful requests:", completed))
@@ -129,6 +139,7 @@ def main(args):
             ignore_eos=args.ignore_eos,
             lora_modules=args.lora_modules,
             lora_assignment="random",
+            probe_request_rate=args.probe_request_rate,
         )
     )
     return {"backend": args.backend, **result}
