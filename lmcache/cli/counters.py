@@ -192,6 +192,7 @@ class CacheUse:
     has_l2: bool
     num_engines: int
     promoted_chunks: int = 0
+    chunk_size: int = 0
 
 
 def settled_use(origins: TokenOrigins | Unknown, read: Callable[[], CacheUse | Unknown]) -> CacheUse | Unknown:
@@ -254,4 +255,5 @@ def cache_use(before: CacheStatus | Unknown, after: CacheStatus | Unknown) -> Ca
         has_l2=bool(after.l2),
         num_engines=after.num_engines,
         promoted_chunks=now.l2_promoted_chunks - then.l2_promoted_chunks,
+        chunk_size=after.chunk_size,
     )

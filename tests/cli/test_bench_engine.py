@@ -108,7 +108,7 @@ def test_a_restarted_cache_server_makes_its_counts_unknown():
 def make_run(**changes):
     values = {
         "tokens": TokenOrigins(engine_cache=0, external=3000, computed=1000, finished_requests=10),
-        "cache": CacheUse(3, 1, 2 * 10**9, 10**9, 3000, has_l2=False, num_engines=1),
+        "cache": CacheUse(3, 1, 2 * 10**9, 10**9, 3000, has_l2=False, num_engines=1, chunk_size=300),
         "calibration": Calibration(1000, 1.1, 250, 0.35),
         "duration": 10.0,
         "num_requests": 10,
@@ -182,6 +182,11 @@ def test_a_speed_up_above_the_possible_is_suspect():
         ({"tokens": TokenOrigins(0, 3000, 1, 12)}, "2 more requests"),
         ({"tokens": TokenOrigins(0, 3001, 1, 10)}, "--kvcache-url"),
         ({"cache": CacheUse(3, 1, 1, 1, 3000, False, 2)}, "2 engines"),
+        ({"cache": CacheUse(3, 1, 1, 1, 6001, False, 1, chunk_size=300)}, "handed out 6001 tokens"),
+        (
+            {"cache": CacheUse(3, 1, 0, 7, 0, False, 0), "tokens": TokenOrigins(0, 0, 9, 10), "meaning_of_hits": "cold"},
+            "took 7 bytes",
+        ),
         ({"failed_warm_ups": 3}, "3 requests failed"),
     ],
 )

@@ -152,12 +152,25 @@ def _origin_warnings(run: CacheRun, tokens: TokenOrigins) -> list[str]:
     if isinstance(run.cache, CacheUse):
         if run.cache.num_engines > 1:
             found.append(f"{run.cache.num_engines} engines use the cache server: hit rate and bandwidth are of all of them")
+        elif _has_moved_more(run.cache, tokens):
+            found.append(
+                f"the cache server handed out {run.cache.retrieved_tokens} tokens and took {run.cache.written_bytes} bytes, "
+                f"the engine counts {tokens.external} tokens: hit rate and bandwidth include other clients'"
+            )
         if tokens.external > run.cache.retrieved_tokens:
             found.append(
                 f"suspect: the engine counts {tokens.external} tokens loaded, the cache server handed out "
                 f"{run.cache.retrieved_tokens}: is --kvcache-url the engine's server?"
             )
     return found
+
+
+def _has_moved_more(cache: CacheUse, tokens: TokenOrigins) -> bool:
+    """Whether the server moved bytes that the engine did not ask for; of those written, where no engine is connected."""
+    if not cache.num_engines and not tokens.external:
+        return bool(cache.read_bytes or cache.written_bytes)
+    # The engine's own cache may hold the beginning of the first chunk that is loaded for a request.
+    return cache.retrieved_tokens - tokens.external > cache.chunk_size * tokens.finished_requests
 
 
 def _no_external(run: CacheRun, tokens: TokenOrigins) -> str:
