@@ -624,6 +624,14 @@ def test_an_absent_engine_is_not_reachable(engine_cli):
         engine_cli.refused("bench", "engine", *where, code=3)
 
 
+def test_base_url_is_left_to_vllm_as_it_was_written(engine_cli):
+    with engine_peer({"/health": (200, ""), "/metrics": (200, METRICS)}) as peer:
+        done = engine_cli("bench", "engine", "--base-url", f"{peer.url}/v1")
+        assert f"base_url='{peer.url}/v1'," in done.stdout
+        assert {path for _, path, _ in peer.requests} == {"/health", "/metrics"}
+        assert f"base_url='{peer.url}'," in engine_cli("bench", "engine", "--url", f"{peer.url}/v1").stdout
+
+
 @pytest.mark.parametrize("status", [404, 503])
 def test_an_engine_without_good_health_is_measured_with_a_warning(engine_cli, status):
     with engine_peer({"/health": (status, ""), "/metrics": (200, METRICS)}) as peer:

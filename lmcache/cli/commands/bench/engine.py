@@ -149,7 +149,8 @@ def run(args: Namespace) -> int:
         vllm_args = serve.parse(serve.make_parser(module, args.parser.prog), args.rest, args.parser.options())
         url = engine_address(args, vllm_args)
         url.checks_certificate = not vllm_args.insecure
-        vllm_args.base_url = url.text
+        if vllm_args.base_url is None:  # else as it was written: --endpoint is appended to it
+            vllm_args.base_url = url.text
         vllm_args.disable_tqdm |= args.quiet
         if prompts:
             vllm_args.dataset_name = "custom"
