@@ -21,7 +21,7 @@ from lmcache.cli.commands.bench import phases, section
 from lmcache.cli.commands.bench.engine import name_model
 from lmcache.cli.commands.bench.phases import AnswerCheck, Calibration, Verifier, calibrate
 from lmcache.cli.commands.bench.section import CacheRun
-from lmcache.cli.commands.bench.serve import RULE, ServeBench, engine_key
+from lmcache.cli.commands.bench.serve import RULE, ServeBench, engine_key, make_parser, parse
 from lmcache.cli.counters import (
     CacheCounters,
     CacheStatus,
@@ -438,6 +438,23 @@ def test_vllm_has_the_engines_token_as_its_key_while_it_runs(monkeypatch, token,
     assert os.environ.get("OPENAI_API_KEY") == key
 
 
+@pytest.mark.parametrize(
+    ("words", "body"),
+    [
+        (["--extra-body.top_k", "5"], {"top_k": 5}),
+        (
+            ["--extra_body.a.b=0.5", "--extra-body.a.c", "x.y=z", "--extra-body.d", "null"],
+            {"a": {"b": 0.5, "c": "x.y=z"}, "d": None},
+        ),
+        (["--extra-body.stop+", "a,b", "--extra-body.stop+=c"], {"stop": ["a", "b", "c"]}),
+        (["--extra-body", '{"a.b": 1}'], {"a.b": 1}),
+    ],
+)
+def test_json_is_taken_key_by_key_as_vllm_takes_it(serve, words, body):
+    args = parse(make_parser(serve, "bench engine"), ["--num-prompts", "2", *words, "--model", "a.b"], [])
+    assert (args.extra_body, args.num_prompts, args.model) == (body, 2, "a.b")
+
+
 # -- answers ------------------------------------------------------------------------------------------------------------
 
 
@@ -597,6 +614,7 @@ def test_failed_requests_decide_the_exit_code_unless_they_are_allowed(engine_cli
         (["--num-promts", "2"], "did you mean '--num-prompts'?"),
         (["--kvcache-ulr", "x"], "did you mean '--kvcache-url'?"),
         (["--num-prompts", "two"], "invalid int value"),
+        (["--extra-body.top_k"], "--extra-body.top_k: expected one argument"),
         (["--dataset-name", "randm"], "did you mean 'random'?"),
         (["--url", "http://127.0.0.1:1", "--port", "1"], "both say where the engine is"),
         (["--prompt", "a", "--dataset-name", "random"], "in the place of a data set"),

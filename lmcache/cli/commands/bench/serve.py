@@ -14,6 +14,7 @@ import builtins
 import enum
 import importlib
 import importlib.util
+import json
 import math
 import os
 import secrets
@@ -86,7 +87,7 @@ def parse(parser: CommandParser, words: Sequence[str], ours: Sequence[str]) -> N
 
     Raises: UsageError
     """
-    args, rest = parser.parse_known_args(list(words))
+    args, rest = parser.parse_known_args(_undotted(parser, words))
     if rest:
         wrong = [word.partition("=")[0] for word in rest if word.startswith("-")]
         known = [*parser.options(), *ours]
@@ -94,6 +95,44 @@ def parse(parser: CommandParser, words: Sequence[str], ours: Sequence[str]) -> N
         raise UsageError(f"unrecognized arguments: {' '.join(rest)}", hint)
     del args.parser  # CommandParser's own; vLLM prints the Namespace
     return args  # type: ignore[no-any-return]
+
+
+def _undotted(parser: CommandParser, words: Sequence[str]) -> list[str]:
+    """Return the words with `--flag.key.key value` as `--flag` and a JSON object, as vLLM's own parser reads it.
+
+    A `+` behind the last key adds items to a list; a value that is no JSON is text.
+
+    Raises: UsageError
+    """
+    plain: list[str] = []
+    objects: dict[str, dict[str, Any]] = {}
+    left = iter(words)
+    for word in left:
+        name, is_whole, value = word.partition("=")
+        flag, *keys = name.split(".")
+        if not keys or flag not in parser._option_string_actions:
+            plain.append(word)
+            continue
+        inner = objects.setdefault("--" + flag[2:].replace("_", "-"), {})
+        for key in keys[:-1]:
+            if not isinstance(inner.get(key), dict):
+                inner[key] = {}
+            inner = inner[key]
+        text = value if is_whole else next(left, None)
+        if text is None:
+            raise UsageError(f"argument {name}: expected one argument", f"see '{parser.prog} --help-vllm'")
+        last = keys[-1].removesuffix("+")
+        before = inner.get(last)
+        items = before if isinstance(before, list) else []
+        inner[last] = [*items, *text.split(",")] if keys[-1] != last else _json_or_text(text)
+    return plain + [word for flag, document in objects.items() for word in (flag, json.dumps(document))]
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def has_flag(words: Sequence[str], *names: str) -> bool:

@@ -5,6 +5,7 @@ its usage. SENT keeps all that was sent.
 """
 
 import asyncio
+import json
 from dataclasses import dataclass, field
 
 SENT = []
@@ -67,6 +68,7 @@ def add_cli_args(parser):
     parser.add_argument("--disable-tqdm", action="store_true")
     parser.add_argument("--request-rate", type=float, default=float("inf"))
     parser.add_argument("--header", nargs="*")
+    parser.add_argument("--extra-body", type=json.loads)
     parser.add_argument("--insecure", action="store_true")
     parser.add_argument("--model")
     parser.add_argument("--probe-request-rate", type=float, default=0.0)
