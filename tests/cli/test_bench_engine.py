@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import pytest
 from lmcache import __version__
 from lmcache.cli.base import http_url
 from lmcache.cli.commands.bench import phases, section
-from lmcache.cli.commands.bench.engine import name_model
+from lmcache.cli.commands.bench.engine import name_model, start_hint
 from lmcache.cli.commands.bench.phases import AnswerCheck, Calibration, Verifier, calibrate
 from lmcache.cli.commands.bench.section import CacheRun
 from lmcache.cli.commands.bench.serve import RULE, ServeBench, engine_key, make_parser, parse
@@ -635,6 +635,25 @@ def test_what_vllm_refuses_is_a_usage_error_with_its_first_line(engine_cli):
     words = ["bench", "engine", "--url", engine_cli.engine_url, "--model", "unknown"]
     error = engine_cli.json(*words, code=2)["error"]
     assert error["message"] == "vLLM's benchmark did not start: no tokenizer for unknown"
+    assert "--tokenizer" in error["hint"]
+
+
+@pytest.mark.parametrize(
+    ("exc", "hint"),
+    [
+        (ModuleNotFoundError("No module named 'pandas'"), "pip install 'lmcache[vllm]'"),
+        (FileNotFoundError(2, "No such file or directory", "prompts.jsonl"), "check --dataset-path"),
+        (ArgumentTypeError("Invalid format found for service level objectives."), "correct the flag"),
+        (ValueError("Cannot use 'random' dataset with --dataset-path."), "correct the flag"),
+        (OSError("x is not a local folder"), "pass --model"),
+    ],
+)
+def test_the_hint_is_about_what_kept_the_benchmark_from_its_start(exc, hint):
+    assert start_hint(exc, Namespace(dataset_path="prompts.jsonl")).startswith(hint)
+
+
+def test_the_extra_that_the_hint_names_has_what_vllms_data_sets_need():
+    assert '\nvllm = ["vllm[bench]>=' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 
 def test_an_absent_engine_is_not_reachable(engine_cli):

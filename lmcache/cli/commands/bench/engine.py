@@ -14,7 +14,7 @@ import secrets
 import statistics
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -227,8 +227,21 @@ def run_vllm(bench: ServeBench, vllm_args: Namespace) -> dict[str, Any]:
             raise UnreachableError(f"the engine did not get ready: {reason}", "see --ready-check-timeout-sec") from exc
         if bench.was_entered:
             raise LMCacheError(f"vLLM's benchmark stopped: {reason}", f"see why with {DEBUG_VARIABLE}=1", "vllm") from exc
-        hint = "pass --model, --served-model-name and --tokenizer as the engine has them; see --help-vllm"
-        raise UsageError(f"vLLM's benchmark did not start: {reason}", hint, "vllm") from exc
+        raise UsageError(f"vLLM's benchmark did not start: {reason}", start_hint(exc, vllm_args), "vllm") from exc
+
+
+def start_hint(exc: BaseException, vllm_args: Namespace) -> str:
+    """Return what to do when vLLM's benchmark refuses to start."""
+    from lmcache.cli.commands.bench.serve import INSTALL_HINT
+
+    if isinstance(exc, ImportError):
+        return f"{INSTALL_HINT}, or vLLM with its extra 'bench'"
+    if isinstance(exc, FileNotFoundError) and vllm_args.dataset_path is not None:
+        return "check --dataset-path"
+    is_refusal = isinstance(exc, (ValueError, ArgumentTypeError))
+    if is_refusal and not any(word in str(exc).lower() for word in ("model", "tokenizer", "repo")):
+        return "correct the flag; see --help-vllm"
+    return "pass --model, --served-model-name and --tokenizer as the engine has them; see --help-vllm"
 
 
 def effective_settings(args: Namespace, vllm_args: Namespace, kvcache_url: Url) -> dict[str, Any]:
