@@ -685,6 +685,14 @@ def test_insecure_holds_for_our_own_questions_too(engine_cli, certificate):
         assert "hint: set SSL_CERT_FILE" in engine_cli.refused(*words, code=3)
 
 
+def test_an_engine_that_only_a_proxy_reaches_is_measured_without_its_counters(engine_cli):
+    words = ["bench", "engine", "--url", f"http://127.0.0.1:{free_port()}"]
+    document = engine_cli.json(*words, http_proxy=engine_cli.engine_url, no_proxy="")
+    assert any("go through a proxy" in warning for warning in document["lmcache"]["warnings"])
+    assert document["lmcache"]["computed_prompt_tokens"] is None
+    engine_cli.refused(*words, code=3, http_proxy=engine_cli.engine_url, no_proxy="127.0.0.1")
+
+
 def test_an_engine_that_cannot_reset_its_cache_is_told_how_to(engine_cli):
     with http_peer(404, b"{}") as port:
         error = engine_cli.refused("bench", "engine", "--url", f"http://127.0.0.1:{port}", "--reset-prefix-cache", code=1)

@@ -121,10 +121,19 @@ def check_engine(url: Url, timeout: float, wait: float = 0.0) -> str:
                 status = client.send("GET", "/health").status
             if status < 500 or is_last:
                 return f"/health of {url} answered HTTP {status}" if status == 404 or status >= 500 else ""
-        except LMCacheError:
-            if is_last:
+        except LMCacheError as exc:
+            if is_last and not has_proxy(url):
                 raise
+            if is_last:
+                return f"{exc.message}: vLLM's requests go through a proxy, those for the engine's counters do not"
         time.sleep(READY_STEP_SECONDS)
+
+
+def has_proxy(url: Url) -> bool:
+    """Whether vLLM's requests to an address go through a proxy that the environment names."""
+    from urllib.request import getproxies, proxy_bypass
+
+    return url.text.partition(":")[0] in getproxies() and not proxy_bypass(url.host)
 
 
 # -- running ------------------------------------------------------------------------------------------------------------
