@@ -278,6 +278,7 @@ def test_a_cluster_that_moves_a_slot_is_followed(make, redis_cluster_ports):
         nodes[source].execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
         nodes[source].execute_command("MIGRATE", "127.0.0.1", redis_cluster_ports[target], "moving:before", 0, 30_000)
         assert fetch_chunk(adapter, "before") == chunk  # ASK
+        assert adapter.lengths(["other", "before"]) == [None, HEADER_BYTES + MIB]
         assert put_chunk(adapter, "before") == chunk
         for index in (target, source, 3 - target - source):
             nodes[index].execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
@@ -300,6 +301,22 @@ def test_a_cluster_that_stands_still_is_late_and_then_used_again(make, tmp_path)
             os.kill(process_id, signal.SIGCONT)
         for one in (adapter, fresh):
             assert eventually(functools.partial(fetch_chunk, one, "kept")) == chunk
+
+
+def test_a_node_of_a_cluster_that_stands_still_is_asked_once_for_all_its_keys(make, tmp_path):
+    keys = [f"key-{number}" for number in range(60)]
+    with redis_cluster(tmp_path) as ports, contextlib.closing(redis.Redis(port=ports[-1], protocol=2)) as admin:
+        adapter = make(f"redis+cluster://127.0.0.1:{ports[0]}?{QUICK}")
+        assert eventually(lambda: adapter.lengths(keys)) == [None] * len(keys)
+        before = admin.info("stats")["total_connections_received"]
+        process_id = admin.info("server")["process_id"]
+        os.kill(process_id, signal.SIGSTOP)
+        try:
+            assert reason(lambda: adapter.lengths(keys)) == "timeout"
+        finally:
+            os.kill(process_id, signal.SIGCONT)
+        assert admin.info("stats")["total_connections_received"] - before < 10  # some of them ask who has which slots
+        assert eventually(lambda: adapter.lengths(keys)) == [None] * len(keys)
 
 
 def test_a_certificate_that_nobody_trusts_is_unreachable_and_says_why(make, redis_tls):
