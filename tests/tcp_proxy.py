@@ -29,6 +29,7 @@ class _Pipe:
 class TcpProxy:
     """Listens on `port` inside `with`. Whatever is set applies to bytes that come later, on every connection.
 
+    server_port: where new connections lead; those that there are stay.
     hold: while set, nothing that the server says goes on.
     drip: while set, it goes on in drops: 100 KB/s at most.
     cut_up, cut_down: reset the connection once so many bytes of it went to the server, to the client.
@@ -39,7 +40,7 @@ class TcpProxy:
     """
 
     def __init__(self, server_port: int) -> None:
-        self._server_port = server_port
+        self.server_port = server_port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.hold = threading.Event()
@@ -99,7 +100,7 @@ class TcpProxy:
     def _accept(self) -> None:
         client, _ = self._listener.accept()
         try:
-            server = socket.create_connection(("127.0.0.1", self._server_port), IO_SECONDS)
+            server = socket.create_connection(("127.0.0.1", self.server_port), IO_SECONDS)
         except OSError:
             client.close()
             return

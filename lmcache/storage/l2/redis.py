@@ -125,13 +125,11 @@ class RedisAdapter(L2Adapter):
         return Usage(used_bytes=sum(int(report["used_memory"]) for report in reports), capacity_bytes=capacity or None)
 
     def ping(self) -> None:
-        """Set a name below the prefix and remove it, in one round trip: a full or read-only server answers with an error."""
+        """Set a name below the prefix and remove it: a full or read-only server answers with an error."""
         name = self._encoded("ping")
         with self._as_l2_error("ping"):
-            pipeline = self._connected().pipeline(transaction=False)
-            pipeline.set(name, b"", px=1000)
-            pipeline.unlink(name)
-            pipeline.execute()
+            self._on_connection(name, lambda connection: _send_put(connection, name, [], [b"PX", b"1000"]))
+            self._delete([name])
 
     def close(self) -> None:
         """See the contract."""
@@ -277,10 +275,16 @@ def _reason(error: Exception, text: str) -> Reason:
 
 @contextlib.contextmanager
 def _borrowed(pool: Any) -> Iterator[Any]:
-    """A connection of the pool. One that was left in the midst of an answer is closed."""
+    """A connection of the pool. One that was left in the midst of an answer, or whose server is no primary, is closed.
+
+    After a failover the name leads to another server, but a connection that is kept leads to the old one.
+    """
     connection = pool.get_connection()
     try:
         yield connection
+    except (exceptions.ReadOnlyError, exceptions.MasterDownError):
+        connection.disconnect()
+        raise
     except exceptions.ResponseError:  # a whole answer
         raise
     except BaseException:

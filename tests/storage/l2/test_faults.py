@@ -223,6 +223,25 @@ def test_redis_that_only_reads_is_read_only(make, tmp_path, redis_port):
         assert {reason(calls[name]) for name in ("put", "delete", "ping")} == {"read_only"}
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"), [("put", "read_only"), ("delete", "read_only"), ("ping", "read_only"), ("get", "unreachable")]
+)
+def test_redis_behind_a_name_that_leads_to_a_new_primary(make, tmp_path, name, expected):
+    """The old one lives on as a replica, and the connections that there are lead to it."""
+    with redis_server(tmp_path / "old") as old, redis_server(tmp_path / "new") as new, TcpProxy(old) as proxy:
+        adapter = make(f"redis://127.0.0.1:{proxy.port}?{PATIENT}")
+        assert works(adapter)
+        with contextlib.closing(redis.Redis(port=old, protocol=2)) as admin:
+            if name == "get":  # a replica answers that, unless it may not
+                admin.config_set("replica-serve-stale-data", "no")
+            admin.execute_command("REPLICAOF", "127.0.0.1", free_port())
+        proxy.server_port = new
+        call = every_call(adapter)[name]
+        assert reason(call) == expected
+        call()
+        assert works(adapter)
+
+
 def test_redis_wants_a_password(make, tmp_path):
     (tmp_path / "password").write_text("a secret\n")
     with redis_server(tmp_path, "--requirepass", "a secret") as port:
