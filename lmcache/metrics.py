@@ -191,7 +191,7 @@ SPECS: tuple[MetricSpec, ...] = (
     _l2_counter(
         "lmcache_l2_skipped_lookups",
         "Lookups that did not wait for the tier: its breaker is open (down), it is slower than --l2-min-tokens-per-second"
-        " (slow), too many wait already (busy), or what it has is being cleared.",
+        " (slow), too many wait, or are stuck in it, already (busy), or what it has is being cleared.",
         reason=("down", "slow", "busy", "cleared"),
     ),
     _l2_counter("lmcache_l2_read_chunks", "Chunks read from the tier and found good."),

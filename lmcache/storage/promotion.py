@@ -33,6 +33,7 @@ from lmcache.storage.l2.tier import Tier, TierConfig
 from lmcache.storage.l2.value import value_key
 from lmcache.storage.manager import StorageManager
 
+# So many lookups wait for an answer at most, and of so many there are jobs at one tier.
 MAX_PROMOTIONS = 256
 # Of one lookup so many chunks, one for each rank, are asked for: a million tokens of one rank, and some ms of the owner's time.
 MAX_ENTRIES = 4096
@@ -170,8 +171,11 @@ class Promoter:
     def _askable(self, is_up: Callable[[Tier], bool]) -> list[Tier]:
         """The tiers that are up, if one more lookup may wait for them."""
         found: list[Tier] = []
+        num_waiting = sum(not promotion.is_answered for promotion in self._promotions)
         for tier in self._tiers:
-            if len(self._promotions) >= MAX_PROMOTIONS:
+            # Answered ones too: in a tier that hangs the jobs of those whose deadline has passed queue up, and in no other.
+            num_at_tier = sum(tier in promotion.jobs.values() for promotion in self._promotions)
+            if max(num_waiting, num_at_tier) >= MAX_PROMOTIONS:
                 tier.count("skipped_lookups", "busy")
             elif tier.num_clears:
                 tier.count("skipped_lookups", "cleared")

@@ -392,6 +392,21 @@ def test_no_more_lookups_wait_than_may(tmp_path: Path, monkeypatch: pytest.Monke
         tiered.fake.go()
 
 
+@pytest.mark.parametrize("promotes", [True, False])
+def test_lookups_stuck_at_one_tier_switch_off_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promotes: bool):
+    monkeypatch.setattr("lmcache.storage.promotion.MAX_PROMOTIONS", 2)
+    with tiered_in(tmp_path, num_tiers=2) as tiered:
+        put_value(tiered.fakes[1], 2)
+        tiered.fake.stop("lengths")
+        for number in range(2):
+            assert tiered.begin(number, promotes=promotes, seconds=0.01)
+        tiered.until(lambda: len(tiered.found) == 2)
+        assert tiered.look_up(2) == 1
+        assert tiered.value("skipped_lookups", "busy") == 1
+        assert tiered.value("skipped_lookups", "busy", tier="fake-2") == 0
+        tiered.fake.go()
+
+
 def test_a_long_prompt_is_asked_for_in_calls_of_512(tmp_path: Path):
     with tiered_in(tmp_path, num_pages=1024) as tiered:
         put_value(tiered.fake, *range(600))
