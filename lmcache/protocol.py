@@ -462,10 +462,10 @@ class Status(Request[StatusReply], tag="STATUS"):
 
 
 class TierRemoval(Struct, frozen=True, kw_only=True):
-    """What one tier of L2 removed; bytes only where it can tell. Until `done`, or when it failed, `error` says why."""
+    """What one tier of L2 removed; None where it cannot tell. Until `done`, or when it failed, `error` says why."""
 
     name: str
-    objects: int = 0
+    objects: int | None = 0
     removed_bytes: int | None = None
     done: bool = False
     error: str = ""
@@ -475,7 +475,7 @@ class RemovalReply(Reply):
     """What a CLEAR or EVICT removed from L1 (with `dry_run`: would remove) and what it kept because it is pinned.
 
     `remaining_objects`: entries not looked at when its time was up; the server goes on with them, except in a dry run.
-    `tiers`: what a CLEAR of L2 removed, one entry for each tier.
+    `tiers`: what a CLEAR of L2, or an EVICT with keys, removed there, one entry for each tier.
     """
 
     objects: int = 0
@@ -506,7 +506,7 @@ class Clear(Request[RemovalReply], tag="CLEAR"):
 
 
 class Evict(Request[RemovalReply], tag="EVICT"):
-    """Removes from L1, in policy order, what *all* given conditions select; with keys as payload only those, also from L2."""
+    """Removes from L1, in policy order, what *all* conditions select; with keys as payload only those, and waits for L2."""
 
     reply_type = RemovalReply
     dry_run: bool = False

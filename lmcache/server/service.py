@@ -80,7 +80,7 @@ from lmcache.protocol import (
 from lmcache.server.sessions import Client, LookupPins, Sessions
 from lmcache.storage.manager import MAX_ENTRIES_PER_SLICE, Removal, RemovalReason, Selection, StorageManager, Sweep
 from lmcache.storage.promotion import Found
-from lmcache.storage.tiers import Clearing, Tiers
+from lmcache.storage.tiers import TierRemovals, Tiers
 
 logger = init_logger(__name__)
 
@@ -170,7 +170,7 @@ class PendingRemoval(msgspec.Struct):
     request: Clear | Evict
     pending: Pending
     sweep: Sweep | None = None
-    clearing: Clearing | None = None
+    in_tiers: TierRemovals | None = None
     is_swept: bool = False
     is_answered: bool = False
 
@@ -757,7 +757,7 @@ class CacheService:
             keys=keys,
         )
         if self.tiers is not None and keys is not None and not request.dry_run:
-            self.tiers.delete(keys, self._ranks_in_tiers(len(keys) // KEY_BYTES))
+            removal.in_tiers = self.tiers.delete(keys, self._ranks_in_tiers(len(keys) // KEY_BYTES))
         removal.sweep = self.storage.begin_removal(selection, RemovalReason.REQUEST, request.dry_run)
 
     def _ranks_in_tiers(self, num_keys: int) -> list[int]:
@@ -781,7 +781,7 @@ class CacheService:
             if request.tier is ClearTier.L1:
                 self.tiers.stop_moving()
             else:
-                removal.clearing = self.tiers.clear(keeps_l1=request.tier is ClearTier.L2)
+                removal.in_tiers = self.tiers.clear(keeps_l1=request.tier is ClearTier.L2)
         if request.tier is not ClearTier.L2:
             removal.sweep = self.storage.begin_removal(Selection(), RemovalReason.CLEAR, request.dry_run)
 
@@ -824,7 +824,7 @@ class CacheService:
 
     def _must_wait(self, removal: PendingRemoval) -> bool:
         """Whether more would go if it had time."""
-        if _is_sweeping(removal) or (removal.clearing is not None and not removal.clearing.is_done):
+        if _is_sweeping(removal) or (removal.in_tiers is not None and not removal.in_tiers.is_done):
             return True
         if removal.sweep is None or not removal.sweep.removal.kept_objects:
             return False
@@ -843,8 +843,8 @@ class CacheService:
             remaining_objects=removal.sweep.num_left if removal.sweep is not None and _is_sweeping(removal) else 0,
             seconds=time.monotonic() - removal.pending.started_at,
         )
-        if removal.clearing is not None:
-            reply.tiers = list(removal.clearing.removals)
+        if removal.in_tiers is not None:
+            reply.tiers = list(removal.in_tiers.removals)
         elif self.tiers is not None and isinstance(request, Clear) and request.dry_run and request.tier is not ClearTier.L1:
             reply.tiers = self.tiers.would_remove()
         return Answer(reply)

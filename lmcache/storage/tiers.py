@@ -7,6 +7,7 @@ to all. A chunk that a lower tier delivered is written to those above it.
 
 from __future__ import annotations
 
+import functools
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from lmcache.metrics import Metrics
 from lmcache.pool import NO_OWNER, Presence
 from lmcache.protocol import TierRemoval
 from lmcache.storage.l2.base import L2Adapter
-from lmcache.storage.l2.jobs import ClearJob
+from lmcache.storage.l2.jobs import ClearJob, RemovalJob
 from lmcache.storage.l2.tier import Tier, TierConfig
 from lmcache.storage.l2.workers import Completions
 from lmcache.storage.l2.writeback import WriteAhead, Writeback
@@ -41,8 +42,8 @@ class NamedAdapter(msgspec.Struct, frozen=True):
     adapter: L2Adapter
 
 
-class Clearing:
-    """A clear under way: one entry for each tier, `done` once its tier has answered."""
+class TierRemovals:
+    """A clear, or a removal of some chunks, under way: one entry for each tier, `done` once its tier has answered."""
 
     def __init__(self, tiers: Sequence[Tier]) -> None:
         self.removals = [TierRemoval(name=tier.name, error="not done yet") for tier in tiers]
@@ -51,6 +52,16 @@ class Clearing:
     def is_done(self) -> bool:
         """Whether every tier has answered."""
         return all(removal.done for removal in self.removals)
+
+    def note(self, index: int, job: RemovalJob) -> None:
+        """Take in what one tier did."""
+        self.removals[index] = TierRemoval(
+            name=self.removals[index].name,
+            objects=job.objects,
+            removed_bytes=job.removed_bytes,
+            done=True,
+            error="" if job.error is None else str(job.error),
+        )
 
 
 class Tiers:
@@ -143,10 +154,12 @@ class Tiers:
 
     # -- removing -----------------------------------------------------------------------------------------------------
 
-    def delete(self, keys: bytes, ranks: Iterable[int]) -> None:
+    def delete(self, keys: bytes, ranks: Sequence[int]) -> TierRemovals:
         """Take the chunks of these ranks out of every tier, soon."""
-        for writeback in self._writebacks:
-            writeback.delete(split_keys(keys), ranks)
+        removals = TierRemovals(self._tiers)
+        for index, writeback in enumerate(self._writebacks):
+            writeback.delete(split_keys(keys), ranks, functools.partial(removals.note, index))
+        return removals
 
     def stop_moving(self) -> None:
         """What is on its way up is unwanted, and what is on its way down as well."""
@@ -161,29 +174,23 @@ class Tiers:
         """Chunks that threads are at, in either direction: they cannot be removed yet."""
         return len(self._promoter) + sum(writeback.num_in_flight for writeback in self._writebacks)
 
-    def clear(self, keeps_l1: bool = False) -> Clearing:
+    def clear(self, keeps_l1: bool = False) -> TierRemovals:
         """Remove everything from every tier; until a tier has done that, lookups find nothing in it.
 
         `keeps_l1`: L1 is not cleared with them, and what it holds then is written to them again.
         """
         self.stop_moving()
-        clearing = Clearing(self._tiers)
+        removals = TierRemovals(self._tiers)
         for index, writeback in enumerate(self._writebacks):
             writeback.tier.num_clears += 1
-            self._clear_tier(clearing, index, writeback, keeps_l1 and self._ahead is None)
-        return clearing
+            self._clear_tier(removals, index, writeback, keeps_l1 and self._ahead is None)
+        return removals
 
-    def _clear_tier(self, clearing: Clearing, index: int, writeback: Writeback, starts_over: bool) -> None:
+    def _clear_tier(self, removals: TierRemovals, index: int, writeback: Writeback, starts_over: bool) -> None:
         def cleared() -> None:
             writeback.tier.num_clears -= 1
             writeback.tier.forget_usage()
-            clearing.removals[index] = TierRemoval(
-                name=writeback.tier.name,
-                objects=job.objects,
-                removed_bytes=job.removed_bytes,
-                done=True,
-                error="" if job.error is None else str(job.error),
-            )
+            removals.note(index, job)
             if starts_over:
                 writeback.start_over()
 
@@ -191,10 +198,11 @@ class Tiers:
         writeback.run_alone(job)
 
     def would_remove(self) -> list[TierRemoval]:
-        """Return what a clear would remove, as far as it is known."""
+        """Return what a clear would remove, as far as it is known. A tier that cannot count ours holds others' bytes, too."""
+        usages = [(tier.name, tier.usage) for tier in self._tiers]
         return [
-            TierRemoval(name=t.name, objects=t.usage.objects or 0, removed_bytes=t.usage.used_bytes, done=True)
-            for t in self._tiers
+            TierRemoval(name=name, objects=u.objects, removed_bytes=None if u.objects is None else u.used_bytes, done=True)
+            for name, u in usages
         ]
 
     # -- time passes --------------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lmcache.cli.commands.kvcache import removal_result
+from lmcache.cli.commands.kvcache import add_tiers, removal_result
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.keys import chunk_keys
-from lmcache.protocol import RemovalReply
+from lmcache.protocol import RemovalReply, TierRemoval
 from tests.cli.conftest import CHUNK_BYTES, MODEL, Cli, namespace
 from tests.server_process import LMCACHE, LmcacheServer, clean_environment, running_lmcache
 
@@ -59,6 +59,14 @@ def test_a_removal_that_goes_on_is_no_success():
     assert (result.document()["remaining_objects"], result.ok) == (7, False)
     assert result.document()["error"]["message"] == "7 objects were not looked at yet"
     assert "it goes on" in result.document()["error"]["hint"]
+
+
+def test_what_a_tier_does_not_know_is_not_nothing():
+    removal = RemovalReply(tiers=[TierRemoval(name="redis", objects=None, done=True)])
+    result = removal_result("KV Cache Clear", removal, dry_run=True)
+    add_tiers(result, removal, dry_run=True)
+    assert result.document()["tiers"] == [{"name": "redis", "objects": None, "removed_bytes": None, "error": None}]
+    assert [row.value for row in result.sections[-1].rows] == ["n/a (the tier cannot tell)"] * 2
 
 
 def test_without_a_terminal_clear_wants_yes(cli: Cli, keys: bytes, server: LmcacheServer):

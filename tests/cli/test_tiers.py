@@ -59,6 +59,22 @@ def test_a_dry_run_of_l2_counts_and_leaves(cli: Cli):
     assert cli.json("kvcache", "clear", "-y", "--tier", "l2")["tiers"][0]["objects"] == 4
 
 
+def test_evict_reports_each_tier_and_fails_where_one_keeps_the_values(cli: Cli, tiered_server: LmcacheServer, tmp_path: Path):
+    tokens = tmp_path / "tokens"
+    tokens.write_text(" ".join(map(str, TOKENS)))
+    words = ("kvcache", "evict", "--tokens", str(tokens), "--model", MODEL)
+    folder = Path(tiered_server.status()["l2"][0]["adapter"].removeprefix("fs://").partition("?")[0])
+    away = folder.rename(tmp_path / "away")
+    folder.write_text("not a folder")
+    document = cli.json(*words, code=1)
+    assert "L2 fs has not removed all of it" in document["error"]["message"]
+    assert document["tiers"][0]["error"]
+    folder.unlink()
+    away.rename(folder)
+    [tier] = cli.json(*words)["tiers"]
+    assert (tier["objects"], tier["error"]) == (4, None)
+
+
 def test_describe_shows_the_tier(cli: Cli):
     text = cli("describe", "kvcache").stdout
     for label in ("L2 fs", "Adapter:", "Read breaker:", "Used:", "Hit rate:", "Write (ms):", "Queued chunks:", "Last error:"):

@@ -7,8 +7,9 @@ import pytest
 
 from lmcache.metrics import Metrics
 from lmcache.pool import PAGE_BYTES
-from lmcache.protocol import Clear, ClearTier, EndSession, Evict, FreeLookupLocks, Lookup
+from lmcache.protocol import Clear, ClearTier, EndSession, Evict, FreeLookupLocks, Lookup, TierRemoval
 from lmcache.server.service import Answer
+from lmcache.storage.l2.base import Reason, Usage
 from lmcache.storage.l2.tier import TierConfig
 from lmcache.storage.tiers import NamedAdapter, Tiers
 from tests.fakes import FakeTier
@@ -183,6 +184,14 @@ def test_a_clear_answers_the_lookup_that_waits_and_leaves_nothing(tiered: Tiered
     assert len(tiered.harness.storage.l1) == 0
 
 
+@pytest.mark.parametrize(("objects", "num_bytes"), [(3, 100), (None, None)])
+def test_a_dry_run_tells_of_a_tier_what_it_knows(tiered: Tiered, objects, num_bytes):
+    [tier] = tiered.tiers._tiers
+    tier.usage = Usage(used_bytes=100, objects=objects)
+    reply = tiered.harness.call(Clear(dry_run=True))
+    assert reply.tiers == [TierRemoval(name="fake", objects=objects, removed_bytes=num_bytes, done=True)]
+
+
 def test_a_clear_that_takes_too_long_says_so(tiered: Tiered):
     tiered.fake.stop("clear")
     cleared = tiered.harness.send(Clear(timeout_seconds=1.0))
@@ -217,16 +226,32 @@ def test_chunks_of_an_engines_ranks_are_evicted_from_the_tier_although_none_was_
     tiered.harness.client().register(world_size=3)
     for rank in range(3):
         put_value(tiered.fake, 0, 1, rank=rank)
-    tiered.harness.call(Evict(), [keys(0)])
-    wait_until(lambda: (tiered.tiers.tick(), len(tiered.fake.values) == 3)[1])
+    answer = tiered.until_answered(tiered.harness.send(Evict(timeout_seconds=60.0), [keys(0)]))
+    assert (answer.reply.tiers, len(tiered.fake.values)) == ([TierRemoval(name="fake", objects=3, done=True)], 3)
+
+
+def test_an_eviction_that_a_tier_refuses_says_so(tiered: Tiered):
+    put_value(tiered.fake, 0)
+    tiered.fake.errors = {"delete": Reason.READ_ONLY}
+    answer = tiered.until_answered(tiered.harness.send(Evict(timeout_seconds=60.0), [keys(0)]))
+    assert answer.reply.tiers == [TierRemoval(name="fake", done=True, error="fake delete failed")]
+
+
+def test_an_eviction_that_takes_too_long_says_so(tiered: Tiered):
+    tiered.fake.stop("delete")
+    evicted = tiered.harness.send(Evict(timeout_seconds=1.0), [keys(0)])
+    assert not evicted
+    tiered.harness.pass_time(2.0)
+    [answer] = evicted
+    assert answer.reply.tiers == [TierRemoval(name="fake", error="not done yet")]
 
 
 def test_a_forged_rank_makes_no_eviction_long(tiered: Tiered):
     client = tiered.harness.client()
     client.store(3, rank=65535)
     put_value(tiered.fake, 0)
-    tiered.harness.call(Evict(), [keys(*range(16384))])
-    wait_until(lambda: (tiered.tiers.tick(), not tiered.fake.values)[1])
+    tiered.until_answered(tiered.harness.send(Evict(timeout_seconds=60.0), [keys(*range(16384))]))
+    assert not tiered.fake.values
     for rank in range(1, 40):
         client.store(3, rank=rank)
     assert tiered.harness.code_of(Evict(), [keys(*range(16384))]) == "bad_field"

@@ -7,7 +7,7 @@ import pytest
 from lmcache.client.kvcache import KVCacheClient
 from lmcache.client.mq import MessageQueueClient
 from lmcache.errors import UsageError
-from lmcache.protocol import Clear, ClearTier, Evict, RemovalReply, StoreOutcome
+from lmcache.protocol import Clear, ClearTier, Evict, RemovalReply, StoreOutcome, TierRemoval
 from lmcache.server.app import RunningServer, start_server
 from lmcache.storage.l2.spec import parse_adapter
 from tests.pools import content, key, keys, make_config, server_in, status_of, wait_until
@@ -140,9 +140,10 @@ def test_evicting_a_prompt_takes_it_out_of_l2_too(tmp_path: Path):
     with server_in(pools(tmp_path), **with_folder(tmp_path)) as server:
         store(server, 0, 1)
         wait_for_writes(server)
-        with MessageQueueClient(server.endpoints.zmq) as mq:
-            assert mq.call(Evict(), [keys(0)]).objects == 1
-        wait_until(lambda: len(list((tmp_path / "l2").rglob("*.kv"))) == 1, "the deletion")
+        with MessageQueueClient(server.endpoints.zmq, 30.0) as mq:
+            reply = mq.call(Evict(timeout_seconds=20.0), [keys(0)])
+        assert (reply.objects, reply.tiers) == (1, [TierRemoval(name="fs", objects=1, done=True)])
+        assert len(list((tmp_path / "l2").rglob("*.kv"))) == 1
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_health_problem_and_shows(tmp_path: Path):

@@ -98,7 +98,10 @@ def clear(args: Namespace) -> int:
         confirm(url, args)
     removal = send_clear(url, args.timeout, args.tier, args.dry_run, args.force)
     result = removal_result("KV Cache Clear", removal, args.dry_run)
-    add_tiers(result, removal, args.tier, args.dry_run)
+    result.put("tier", args.tier)
+    add_tiers(result, removal, args.dry_run)
+    if args.tier == "l2" and not removal.tiers:
+        result.fail("the server has no L2 tier", "see 'lmcache server --help' for --l2-adapter", "no_tier")
     if args.force and removal.kept_objects:
         result.fail(
             f"{removal.kept_objects} objects are still pinned",
@@ -121,17 +124,16 @@ def confirm(url: Url, args: Namespace) -> None:
     would = send_clear(url, args.timeout, args.tier, dry_run=True, force=False)
     at_least = "at least " if would.remaining_objects else ""
     what = [] if args.tier == "l2" else [f"{at_least}{would.objects} objects ({format_bytes(would.removed_bytes)})"]
-    what += [f"{tier.objects} in L2 {tier.name}" for tier in would.tiers]
+    what += [f"{'all' if tier.objects is None else tier.objects} in L2 {tier.name}" for tier in would.tiers]
     print(f"Remove {' and '.join(what) or 'nothing'} from {url}? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise LMCacheError("nothing was removed", code="declined")
 
 
-def add_tiers(result: Result, removal: RemovalReply, wanted: str, dry_run: bool) -> None:
+def add_tiers(result: Result, removal: RemovalReply, dry_run: bool) -> None:
     """Add what went from each tier of L2; the first that did not do it decides the exit code."""
     from lmcache.cli.output import format_bytes
 
-    result.put("tier", wanted)
     result.put(
         "tiers",
         [
@@ -141,17 +143,19 @@ def add_tiers(result: Result, removal: RemovalReply, wanted: str, dry_run: bool)
     )
     for tier in removal.tiers:
         result.section(f"L2 {tier.name}")
-        result.row("Objects to remove" if dry_run else "Objects removed", tier.objects)
+        verb = "to remove" if dry_run else "removed"
+        if tier.objects is None:
+            result.unknown(f"Objects {verb}", "the tier cannot tell")
+        else:
+            result.row(f"Objects {verb}", tier.objects)
         if tier.removed_bytes is None:
             result.unknown("Bytes", "the tier cannot tell")
         else:
-            result.row("Bytes to remove" if dry_run else "Bytes removed", format_bytes(tier.removed_bytes))
+            result.row(f"Bytes {verb}", format_bytes(tier.removed_bytes))
         if tier.error:
             result.row("Error", tier.error)
             hint = "it goes on; ask again later" if not tier.done else "see 'lmcache describe kvcache' for the tier's state"
-            result.fail(f"L2 {tier.name} was not cleared: {tier.error}", hint, "tier")
-    if wanted == "l2" and not removal.tiers:
-        result.fail("the server has no L2 tier", "see 'lmcache server --help' for --l2-adapter", "no_tier")
+            result.fail(f"L2 {tier.name} has not removed all of it: {tier.error}", hint, "tier")
 
 
 def send_clear(url: Url, timeout: float, tier: str, dry_run: bool, force: bool) -> RemovalReply:
@@ -239,7 +243,9 @@ def evict(args: Namespace) -> int:
         timeout_seconds=args.timeout * SERVER_SHARE,
     )
     reply = send_request(url, request, keys, args.timeout).reply
-    return report(removal_result("KV Cache Evict", reply, args.dry_run), args)
+    result = removal_result("KV Cache Evict", reply, args.dry_run)
+    add_tiers(result, reply, args.dry_run)
+    return report(result, args)
 
 
 def select(url: Url, args: Namespace) -> tuple[str | None, list[bytes]]:

@@ -229,8 +229,17 @@ class TouchJob(Job):
         adapter.touch([value_key(key, rank) for key in reversed(split_keys(self.keys)) for rank in ranks])
 
 
-class DeleteJob(Job):
-    """Takes values out."""
+class RemovalJob(Job):
+    """Takes values out: `objects` so far; `removed_bytes` is None where the tier cannot tell exactly."""
+
+    def __init__(self, done: Callable[[], None]) -> None:
+        super().__init__(done)
+        self.objects = 0
+        self.removed_bytes: int | None = None
+
+
+class DeleteJob(RemovalJob):
+    """Takes named values out."""
 
     operation = "delete"
 
@@ -240,18 +249,13 @@ class DeleteJob(Job):
 
     def _run(self, adapter: L2Adapter, header: memoryview) -> None:
         for start in range(0, len(self.names), MAX_KEYS_PER_CALL):
-            adapter.delete(self.names[start : start + MAX_KEYS_PER_CALL])
+            self.objects += adapter.delete(self.names[start : start + MAX_KEYS_PER_CALL])
 
 
-class ClearJob(Job):
-    """Takes everything out; `removed_bytes` is what the tier said that it held before, if it could tell exactly."""
+class ClearJob(RemovalJob):
+    """Takes everything out; `removed_bytes` is what the tier said that it held before."""
 
     operation = "clear"
-
-    def __init__(self, done: Callable[[], None]) -> None:
-        super().__init__(done)
-        self.objects = 0
-        self.removed_bytes: int | None = None
 
     def _run(self, adapter: L2Adapter, header: memoryview) -> None:
         before = Usage()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lmcache.storage.l1 import L1Cache
 from lmcache.storage.l2.jobs import DeleteJob, Job, Outcome, Transfer, WriteJob
@@ -98,9 +98,9 @@ class Writeback:
         self._exclusive.append(job)
         self.dispatch()
 
-    def delete(self, keys: Sequence[bytes], ranks: Iterable[int]) -> None:
-        """Take chunks out of the tier, after writes of them that are under way."""
-        job = DeleteJob([value_key(key, rank) for key in keys for rank in ranks], lambda: None)
+    def delete(self, keys: Sequence[bytes], ranks: Iterable[int], done: Callable[[DeleteJob], None]) -> None:
+        """Take chunks out of the tier, after writes of them that are under way; then `done` is called."""
+        job = DeleteJob([value_key(key, rank) for key in keys for rank in ranks], lambda: done(job))
         being_written = {transfer.name for write in self._in_flight for transfer in write.transfers}
         if being_written.isdisjoint(job.names):
             self.tier.submit(job)
