@@ -31,6 +31,8 @@ CRLF = b"\r\n"
 SCRATCH_BYTES = 4096
 BATCH_KEYS = 512
 MAX_REDIRECTS = 5
+# Of a node of a cluster, beside those of calls: for the map of slots, for SCAN and for INFO.
+SPARE_CONNECTIONS = 3
 _ERRORS = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 # Replies that redis-py has no class of its own for.
 _REASONS_BY_WORD = {
@@ -67,6 +69,7 @@ class RedisAdapter(L2Adapter):
         self._name = f"{settings.host}:{settings.port}"
         self._client: Any = None
         self._mutex = threading.Lock()
+        self._turns = threading.BoundedSemaphore(settings.max_connections)
 
     # -- the contract ------------------------------------------------------------------------------
 
@@ -173,6 +176,7 @@ class RedisAdapter(L2Adapter):
         # Once more only: a connection that was kept may be dead. What timed out is not tried again.
         retry = Retry(NoBackoff(), 1, (exceptions.ConnectionError,))
         if settings.cluster:
+            arguments["max_connections"] = settings.max_connections + SPARE_CONNECTIONS
             return redis.RedisCluster(**arguments, ssl=settings.tls, retry=retry)
         pool = redis.BlockingConnectionPool(
             **arguments,
@@ -221,7 +225,19 @@ class RedisAdapter(L2Adapter):
     # -- values ------------------------------------------------------------------------------------
 
     def _on_connection(self, name: bytes, action: Callable[[Any], T]) -> T:
-        """Return what `action` does with a connection to the server that has the name; once more where it was dead."""
+        """Return what `action` does with a connection to the server that has the name, when there is one to be had.
+
+        The pools of a cluster's nodes do not wait for that, they raise.
+        """
+        if not self._turns.acquire(timeout=self._settings.timeout_seconds):
+            raise exceptions.TimeoutError(f"all {self._settings.max_connections} connections are in use")
+        try:
+            return self._follow(name, action)
+        finally:
+            self._turns.release()
+
+    def _follow(self, name: bytes, action: Callable[[Any], T]) -> T:
+        """Do it where the name is, also when that has moved; once more where the connection was dead."""
         client = self._connected()
         is_second = False
         asked: Any = None

@@ -126,7 +126,7 @@ class RedisSettings:
     prefix: str = _setting("lmcache:", _prefix, "what the names of all values begin with; `clear` removes no others")
     ttl_seconds: int = _setting(0, number(int, 0, 1 << 31), "how long a value stays after its put; 0: until it is evicted")
     timeout_seconds: float = _setting(5.0, number(float, 0.01, 3600), "how long to wait to connect, and for each answer")
-    max_connections: int = _setting(16, number(int, 1, 1024), "connections to each server")
+    max_connections: int = _setting(16, number(int, 1, 1024), "calls at the same time, and connections to each server")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import redis
 
 from lmcache.storage.l2.base import L2Error
@@ -64,6 +65,29 @@ def test_threads_share_the_connections_that_there_may_be(make, tmp_path):
             assert [future.result(DEADLINE_SECONDS) for future in futures] == [b"%d" % number for number in range(9)]
         with contextlib.closing(redis.Redis(port=port, protocol=2)) as admin:
             assert len(admin.client_list()) <= 3 + 1
+
+
+@pytest.mark.parametrize("scheme", ["redis", "redis+cluster"])
+def test_calls_wait_for_a_connection(make, redis_port, redis_cluster_ports, scheme):
+    port = redis_port if scheme == "redis" else redis_cluster_ports[0]
+    adapter = make(f"{scheme}://127.0.0.1:{port}?max-connections=3&timeout-seconds=60")
+    adapter.ping()
+    begun, busy, most_busy = [], [], []
+
+    def hold(connection: object) -> None:
+        busy.append(connection)
+        most_busy.append(len(busy))
+        wait_for(lambda: len(begun) == 9, "all calls")
+        busy.remove(connection)
+
+    def call() -> None:
+        begun.append(True)
+        adapter._on_connection(b"name", hold)
+
+    with ThreadPoolExecutor(9) as threads:
+        for future in [threads.submit(call) for _ in range(9)]:
+            future.result(DEADLINE_SECONDS)
+    assert max(most_busy) <= 3
 
 
 def test_clear_takes_its_prefix_by_the_letter(make, redis_port):
