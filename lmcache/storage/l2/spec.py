@@ -61,7 +61,7 @@ def _prefix(text: str) -> str:
 
 def _bucket_folder(text: str) -> str:
     folder = _prefix(text).strip("/")
-    if not folder or "//" in folder:
+    if {"", ".", ".."} & set(folder.split("/")):
         raise ValueError("expected the name of a folder, such as lmcache or team-a/kv")
     return folder
 
@@ -82,10 +82,19 @@ def _switch(text: str) -> bool:
 
 
 def _endpoint(text: str) -> str:
-    parts = urlsplit(text)
-    if text and (parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None):
-        raise ValueError("expected http://HOST:PORT or https://HOST, without credentials")
+    try:
+        parts = urlsplit(text)
+        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not _carries_more(text)
+    except ValueError:  # may quote it
+        is_good = False
+    if text and not is_good:
+        raise ValueError("expected http://HOST:PORT or https://HOST, without credentials or query")
     return text.rstrip("/")
+
+
+def _carries_more(endpoint: str) -> bool:
+    """Whether it may hold a password or a signature."""
+    return bool(set("@?#") & set(endpoint))
 
 
 def _setting(default: Any, parse: Callable[[str], Any], help_: str, *, in_url: str = "", is_secret: bool = False) -> Any:
@@ -206,13 +215,15 @@ def parse_adapter(text: str) -> AdapterSpec:
         item = known.get(key.replace("-", "_"))
         if item is None:
             shown = [other.replace("_", "-") for other in known]
-            raise UsageError(f"L2 adapter {name} has no setting {key!r}; known: {', '.join(shown)}", _nearest(key, shown))
+            word = key.partition("=")[0]  # the rest may be a password
+            raise UsageError(f"L2 adapter {name} has no setting {word!r}; known: {', '.join(shown)}", _nearest(word, shown))
         if item.name in values:
             raise UsageError(f"L2 adapter {name}: {key} is given twice")
         try:
             values[item.name] = item.metadata["parse"](value)
         except ValueError as exc:
-            shown_value = HIDDEN if item.metadata["is_secret"] else repr(value)
+            is_hidden = item.metadata["is_secret"] or (item.name == "endpoint" and _carries_more(value))
+            shown_value = HIDDEN if is_hidden else repr(value)
             raise UsageError(f"L2 adapter {name}: {key} {shown_value}: {exc}") from exc
     for item in known.values():
         if item.default is MISSING and item.name not in values:
@@ -253,9 +264,9 @@ def _read_json(text: str) -> tuple[str, dict[str, str]]:
     try:
         document = json.loads(text)
     except ValueError as exc:
-        raise UsageError(
-            f"L2 adapter: not JSON: {exc}", hint='for example {"type": "fs", "path": "/var/cache/lmcache"}'
-        ) from exc
+        raise UsageError(f"L2 adapter: not JSON: {exc}", hint=JSON_EXAMPLE) from exc
+    except RecursionError as exc:
+        raise UsageError("L2 adapter: the JSON object is nested too deep", hint=JSON_EXAMPLE) from exc
     kind = document.pop("type", None)
     if not isinstance(kind, str):
         raise UsageError("L2 adapter: the JSON object has no text 'type'", hint="known: " + ", ".join(ADAPTERS))

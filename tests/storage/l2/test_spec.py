@@ -1,6 +1,7 @@
 """What `--l2-adapter` accepts, what it says about the rest, and that no password is ever repeated."""
 
 import json
+from urllib.parse import quote
 
 import pytest
 
@@ -106,6 +107,7 @@ def test_a_url_and_a_json_object_say_the_same_in_two_ways(text, name, redacted):
             "L2 adapter redis: the URL cannot be read: not key=value&key=value after '?'",
             EXAMPLES["redis"],
         ),
+        (f"redis://host?password%3D{SECRET}=1", None, ""),
         ("redis://host#1", "L2 adapter redis: '#' in the URL", "write it as %23"),
         ("s3://", "L2 adapter s3: no bucket", EXAMPLES["s3"]),
         (f"s3://user:{SECRET}@bucket", "L2 adapter s3: a user in the URL", EXAMPLES["s3"]),
@@ -116,9 +118,32 @@ def test_a_url_and_a_json_object_say_the_same_in_two_ways(text, name, redacted):
         ),
         (
             "s3://bucket?endpoint=host:9000",
-            "L2 adapter s3: endpoint 'host:9000': expected http://HOST:PORT or https://HOST, without credentials",
+            "L2 adapter s3: endpoint 'host:9000': expected http://HOST:PORT or https://HOST, without credentials or query",
             "",
         ),
+        *(
+            (
+                f"s3://bucket?endpoint={quote(endpoint)}",
+                "L2 adapter s3: endpoint ***: expected http://HOST:PORT or https://HOST, without credentials or query",
+                "",
+            )
+            for endpoint in (
+                f"https://user:{SECRET}@minio:9000",
+                f"user:{SECRET}@minio:9000",
+                f"https://user:{SECRET}\u2100@minio:9000",
+                f"https://minio:9000/?sig={SECRET}",
+                f"https://minio:9000#{SECRET}",
+            )
+        ),
+        *(
+            (
+                f"s3://bucket?prefix={prefix}",
+                f"L2 adapter s3: prefix {prefix!r}: expected the name of a folder, such as lmcache or team-a/kv",
+                "",
+            )
+            for prefix in ("..", ".", "a/../b", "a/./b", "a//b")
+        ),
+        ("s3://bucket?endpoint=http://host:port", None, ""),
         ("az://container", "L2 adapter az: no account", EXAMPLES["az"]),
         ('{"path": "/c"}', "L2 adapter: the JSON object has no text 'type'", "known: fs, redis, s3, gs, az"),
         ('{"type": "fs", "path": ["/c"]}', "L2 adapter fs: path is neither text, number nor true or false", ""),
@@ -134,6 +159,11 @@ def test_broken_json_is_told_where_it_breaks():
     message, hint = refused(f'{{"type": "redis", "password": "{SECRET}"')
     assert message.startswith("L2 adapter: not JSON: ")
     assert hint == spec_module.JSON_EXAMPLE
+
+
+def test_json_without_end_is_refused():
+    found = refused('{"type": "fs", "path": ' + "[" * 100_000)
+    assert found == ("L2 adapter: the JSON object is nested too deep", spec_module.JSON_EXAMPLE)
 
 
 def test_every_adapter_has_settings_an_example_and_a_scheme():
