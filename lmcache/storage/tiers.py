@@ -251,6 +251,8 @@ class Tiers:
             left = writeback.drop_all("shutdown")
             if left:
                 logger.warning("L2 %s: %d chunks were not written before the end", writeback.tier.name, left)
+        for tier in self._tiers:  # all of them, before the deadline is used up by one that is stuck
+            tier.end()
         deadline = time.monotonic() + JOIN_SECONDS
         stuck = [name for tier in self._tiers for name in tier.close(deadline)]
         self.collect()

@@ -1,5 +1,6 @@
 """The way down to a tier: what is written, what is dropped, and that L1 never waits for it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from lmcache.storage.l2.breaker import MAX_FAILURES
 from lmcache.storage.l2.value import HEADER_BYTES, check_value, unpack_header
 from lmcache.storage.l2.writeback import WriteAhead
 from lmcache.storage.manager import RemovalReason, Selection
-from tests.pools import content, key, present, remove
+from tests.pools import content, key, present, remove, wait_until
 from tests.storage.tiered import name_of, put_value, tiered_in
 
 
@@ -364,6 +365,24 @@ def test_the_end_says_what_it_left(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert tiered.value("dropped_chunks", "shutdown") == 2
         tiered.fake.go()
         tiered.until(lambda: not any(thread.is_alive() for thread in tiered.tier._writers._threads))
+
+
+def test_the_end_comes_to_an_idle_tier_while_another_is_at_a_call(tmp_path: Path):
+    with tiered_in(tmp_path, num_tiers=2) as tiered, ThreadPoolExecutor(1) as helper:
+        idle = tiered.tiers._tiers[1]
+        threads = [*idle._readers._threads, *idle._writers._threads]
+        tiered.fake.stop("put")
+        tiered.store(0)
+        tiered.until(lambda: tiered.fake.num_waiting)
+
+        def free() -> None:
+            wait_until(lambda: not any(thread.is_alive() for thread in threads), "the end of the idle tier")
+            tiered.fake.go()
+
+        freed = helper.submit(free)
+        tiered.tiers.close(0.0)
+        assert all(fake.is_closed for fake in tiered.fakes)
+        freed.result()
 
 
 # -- health -----------------------------------------------------------------------------------------------------------

@@ -298,9 +298,14 @@ class Tier:
             "last_error": self._last_error or None,
         }
 
+    def end(self) -> None:
+        """Let the threads end."""
+        self._readers.end()
+        self._writers.end()
+
     def close(self, deadline: float) -> list[str]:
-        """End the threads and let go of the adapter; return the threads that are still at a call at `deadline`."""
-        stuck = self._readers.close(deadline) + self._writers.close(deadline)
+        """Let go of the adapter after the threads' `end`; return those that are still at a call at `deadline`."""
+        stuck = self._readers.join(deadline) + self._writers.join(deadline)
         if not stuck:
             self._adapter.close()
         return stuck

@@ -89,10 +89,13 @@ class Workers:
                 found.append(f"thread {thread.name} has been at one call for {now - since:.0f} s")
         return found
 
-    def close(self, deadline: float) -> list[str]:
-        """End the threads; return the names of those that are still at a job at `deadline`."""
+    def end(self) -> None:
+        """Let each thread end when it has done what it was given so far."""
         for _ in self._threads:
             self._jobs.put(None)
+
+    def join(self, deadline: float) -> list[str]:
+        """Wait for the threads' end; return the names of those that are still at a job at `deadline`."""
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
         return [thread.name for thread in self._threads if thread.is_alive()]
