@@ -58,6 +58,7 @@ OTHER_VALUES = {
     "l2_read_threads": "8",
     "l2_write_threads": "1",
     "l2_drain_seconds": "0",
+    "exit_when_stuck_seconds": "30",
     "no_metrics": "1",
     "metrics_host": "localhost",
     "metrics_port": "1235",
