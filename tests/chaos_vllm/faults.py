@@ -28,13 +28,9 @@ COMMAND_SECONDS = 60.0
 
 
 class Faults:
-    """Causes them; `counts` says how many of each kind.
+    """Causes them; `counts` says how many of each kind."""
 
-    Args:
-        preempts: whether to throw all running requests out of their blocks too; vLLM cannot where copies go on beside steps.
-    """
-
-    def __init__(self, engine: Engine, server: MortalServer, generator: random.Random, *, preempts: bool) -> None:
+    def __init__(self, engine: Engine, server: MortalServer, generator: random.Random) -> None:
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
         self.longest_return_seconds = 0.0
@@ -51,8 +47,6 @@ class Faults:
             "full L1": self._fill,
             "forget": self._forget,
         }
-        if preempts:
-            self.kinds["preempt all"] = self._preempt_all
         self._order: list[str] = []
 
     def cause_for(self, seconds: float) -> None:
@@ -133,9 +127,3 @@ class Faults:
     def _forget(self) -> None:
         """vLLM refuses as long as a request has blocks, which it often has."""
         httpx.post(f"{self._engine.url}/reset_prefix_cache", timeout=COMMAND_SECONDS)
-
-    def _preempt_all(self) -> None:
-        url = f"{self._engine.url}/reset_prefix_cache?reset_running_requests=true"
-        answer = httpx.post(url, timeout=COMMAND_SECONDS)
-        if not answer.is_success:
-            self.failures.append(f"preempt all: {answer.status_code} {answer.text}")

@@ -118,7 +118,7 @@ class SimEngine:
         self.lag = lag
         self.max_part = max_part
         self.has_prefix_cache = has_prefix_cache
-        self.loads_last = loads_last and scheduler.loads_later
+        self.loads_last = loads_last
         self.free = deque(range(len(planes[0][0])))
         self.users = {block: 0 for block in self.free}
         self.cached = {}
@@ -181,7 +181,7 @@ class SimEngine:
                 if external is None:
                     break
             start = request.num_computed or len(local) * BLOCK_SIZE + external
-            waits = external > 0 and self.scheduler.loads_later
+            waits = external > 0
             count = 0 if waits else min(budget, self.max_part, request.num_tokens - start)
             if waits and not self._may_wait(request, local):
                 break
@@ -321,10 +321,7 @@ class SimEngine:
             self._release(self.held.pop(request_id))
         if failed:
             self.num_failed_loads += 1
-            if self.scheduler.loads_later:
-                self._cut_loads(failed)
-            else:
-                self._roll_back(work, failed)
+            self._cut_loads(failed)
         self._receive(received)
         for part in work:
             request = part.request
@@ -337,24 +334,7 @@ class SimEngine:
             else:
                 self._finish(request)
         if report is not None:
-            self.scheduler.hear_report(report, failed)
-
-    def _roll_back(self, work, failed):
-        """Each request goes back to its first invalid block, which the first one that has it
-        computes again for all. vLLM looks at a request's blocks before this step only, and so may
-        overlook the second of two failures in flight; this engine does not."""
-        scheduled = {part.request.request_id: part.end - part.start for part in work}
-        marked = set()
-        for request in self.running:
-            blocks = request.block_ids[: -(-request.num_computed // BLOCK_SIZE)]
-            invalid = [i for i, block in enumerate(blocks) if block in failed]
-            mine = [i for i in invalid if blocks[i] not in marked]
-            marked.update(blocks[i] for i in mine)
-            if mine:
-                request.num_computed = mine[0] * BLOCK_SIZE
-            elif invalid:
-                request.num_computed -= scheduled.get(request.request_id, 0)
-            request.life += bool(invalid)
+            self.scheduler.hear_report(report)
 
     def _cut_loads(self, failed):
         """What a waiting request has loaded ends before its first invalid block."""

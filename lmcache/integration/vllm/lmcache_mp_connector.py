@@ -240,16 +240,17 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             scheduler.announced(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Return how many tokens can be loaded, None while that is being looked up; and whether the request waits for that.
+        """Return how many tokens can be loaded, None while that is being looked up; and that the request waits for that.
 
-        On a GPU it does. Loaded within a step, all requests of the step would wait; and when such a load fails, vLLM's model
-        runner V2 computes nonsense: it takes no request back to a token before.
+        Loaded within the step that computes from it, all requests of the step would wait; and when such a load fails, vLLM's
+        model runner V2 computes nonsense: it takes no request back to a token before. V1 lets the first request that shares the
+        blocks compute them again for all, who then answer wrongly if that one is aborted before (vLLM 0.32).
         """
         scheduler = self._scheduler_half()
         num_tokens: int | None = 0
         with _as_a_miss(scheduler):
             num_tokens = scheduler.match(request, num_computed_tokens)
-        return num_tokens, bool(num_tokens) and scheduler.loads_later
+        return num_tokens, bool(num_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan the load of `num_external_tokens`, if any, into the request's blocks."""
@@ -274,7 +275,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, ReportMetadata):
             with _as_a_miss(scheduler):
-                scheduler.hear_report(meta.report, connector_output.invalid_block_ids)
+                scheduler.hear_report(meta.report)
 
     def has_pending_push_work(self) -> bool:
         """Whether vLLM shall go on stepping without requests, until a load whose request has gone is over. vLLM 0.32 asks."""

@@ -57,10 +57,9 @@ class TrackedRequest:
     needed them. `lookup` is under way; its answer for the admission to come is `hit_chunks`, which lie
     at `places`, valid in the server life `hit_boot` and pinned beyond `lasts_until`. While it `may_hold_pins`, a lookup of it
     has pinned something, or may yet. Chunks before `stored_chunks` need not be offered for storing; the last plan that stores
-    any has the number `last_store`. While some blocks are distrusted, `own_from` is the token from which on the request has
-    computed all KV itself, and from trusted blocks. The KV of its tokens up to `computed` rests on no load of a plan after
-    `rests_on`. Where a request waits for its load, `is_loading` lasts until it is computed; one whose load `has_failed` loads
-    no more. One that `is_outdated` neither loads nor stores any more.
+    any has the number `last_store`. The KV of its tokens up to `computed` rests on no load of a plan after `rests_on`. It waits
+    for its load: `is_loading` lasts until it is computed; one whose load `has_failed` loads no more. One that `is_outdated`
+    neither loads nor stores any more.
     """
 
     request_id: str
@@ -80,7 +79,6 @@ class TrackedRequest:
     block_ids: list[int] = field(default_factory=list)
     stored_chunks: int = 0
     last_store: int = 0
-    own_from: int = UNKNOWN
     computed: int = 0
     rests_on: int = 0
     is_loading: bool = False
@@ -140,10 +138,8 @@ class SchedulerHalf:
         self._tracked: dict[str, TrackedRequest] = {}
         self._loads: list[ChunkSpan] = []
         self._linger_seconds = LINGER_SECONDS
-        self._known_load_failures: dict[int, int] = {}
         self._num_plans = 0
         self._num_ranks = 1
-        self._copies_later = False
         # The requests that each plan loads for, until all ranks have loaded it; up to which plan each rank has; the last one.
         self._loading: dict[int, list[str]] = {}
         self._loaded_up_to: dict[int, int] = {}
@@ -155,8 +151,6 @@ class SchedulerHalf:
         self._held: set[str] = set()
         # Requests that ended while they were loaded, until a plan says so.
         self._given_up: set[str] = set()
-        # Blocks whose KV may have been computed from a load that failed: never stored.
-        self._tainted: set[int] = set()
         self._log = RateLimitedLog(logger)
 
     def hear(self, hellos: Sequence[WorkerHello]) -> None:
@@ -168,20 +162,14 @@ class SchedulerHalf:
             return
         self._namespace, self._layout = hellos[0].namespace, hellos[0].layout
         self._num_ranks = len(hellos)
-        self._copies_later = any(hello.copies_later for hello in hellos)
         self._loaded_up_to = dict.fromkeys(range(len(hellos)), 0)
-        self._stored_up_to = dict.fromkeys(range(len(hellos)), 0) if self._copies_later else None
+        self._stored_up_to = dict.fromkeys(range(len(hellos)), 0) if any(h.copies_later for h in hellos) else None
         self._client.mq.connect()
-
-    @property
-    def loads_later(self) -> bool:
-        """Whether a request waits for its load while others compute."""
-        return self._copies_later
 
     @property
     def awaits_loads(self) -> bool:
         """Whether loads are under way that only further steps bring to their end, be it that nobody wants them any more."""
-        return self._copies_later and bool(self._loading)
+        return bool(self._loading)
 
     # -- before a step ----------------------------------------------------------------------------
 
@@ -310,10 +298,9 @@ class SchedulerHalf:
             return
         tracked.last_store = 0  # of blocks that it had before it was preempted
         tracked.stored_chunks = tracked.hit_chunks
-        tracked.own_from = UNKNOWN
         if num_external_tokens > 0:
             self._loads.append(self._span_to_load(tracked, num_external_tokens))
-            tracked.is_loading = self._copies_later
+            tracked.is_loading = True
         tracked.hit_chunks, tracked.places, tracked.hit_boot = 0, [], ""  # another admission looks again
 
     def _end_lookup(self, tracked: TrackedRequest, lookup: PendingLookup) -> None:
@@ -350,16 +337,13 @@ class SchedulerHalf:
         """Return the plan of a step, with the loads of the requests that it admits."""
         self.begin_step()
         loads, self._loads = self._loads, []
-        for load in loads:
-            self._tainted.difference_update(load.block_ids)
         self._num_plans += 1
         if loads:
             self._last_load_plan = self._num_plans
             self._loading[self._num_plans] = [load.request_id for load in loads]
         held, self._held = frozenset(self._held), set()
         given_up, self._given_up = frozenset(self._given_up), set()
-        failures = dict(self._known_load_failures)
-        return StepPlan(loads, known_load_failures=failures, held=held, given_up=given_up, number=self._num_plans)
+        return StepPlan(loads, held=held, given_up=given_up, number=self._num_plans)
 
     def plan_stores(self, plan: StepPlan, scheduler_output: Any) -> None:
         """Add the chunks that the step will complete."""
@@ -379,8 +363,6 @@ class SchedulerHalf:
                 tracked.stored_chunks = min(tracked.stored_chunks, computed // tracked.namespace.chunk_size)
             tracked.block_ids += block_ids
             tracked.computed = computed + scheduled[request_id]
-            if self._tainted:
-                self._follow_taint(tracked, computed, tracked.computed)
             going_on.append(tracked)
         for tracked in going_on:  # last: whatever fails here, no request's blocks have been passed over
             self._plan_store(plan, tracked)
@@ -396,8 +378,8 @@ class SchedulerHalf:
     def _is_proven(self, tracked: TrackedRequest) -> bool:
         """Tell whether the scheduler has heard, from each rank, of all loads that the request's KV rests on.
 
-        Ranks compute together: where a load has failed on one, all of them compute what is worthless, and only that one knows.
-        The only rank of an engine sees to it itself, and need not wait.
+        Ranks compute together: where a load that was named early turns out bad on one, what all of them compute is worthless,
+        and only that one knows. The only rank of an engine sees to it itself, and need not wait.
         """
         return self._num_ranks == 1 or tracked.rests_on <= self._all_loaded_up_to()
 
@@ -409,16 +391,6 @@ class SchedulerHalf:
         for request_id in [id_ for id_, ended in self._ended.items() if self._is_proven(ended)]:
             self._plan_store(plan, self._ended.pop(request_id))
             plan.held |= {request_id}
-
-    def _follow_taint(self, tracked: TrackedRequest, start: int, end: int) -> None:
-        """What a request computes, now tokens [start, end), is as good as all before it."""
-        tracked.own_from = min(tracked.own_from, start)  # vLLM goes back to what was invalid
-        first, last = -(-tracked.own_from // tracked.block_size), end // tracked.block_size
-        if self._tainted.isdisjoint(tracked.block_ids[:first]):
-            self._tainted.difference_update(tracked.block_ids[first:last])
-        else:
-            self._tainted.update(tracked.block_ids[first:])
-            tracked.own_from = UNKNOWN
 
     def _span_to_store(self, tracked: TrackedRequest) -> StoreSpan | None:
         """Return the chunks not yet offered that are complete once the request has computed what it is to compute now.
@@ -432,13 +404,7 @@ class SchedulerHalf:
         last = min(tracked.computed, num_tokens) // tracked.namespace.chunk_size
         num_blocks = last * tracked.blocks_per_chunk
         blocks = tracked.block_ids[:num_blocks]
-        if (
-            not self._can_store
-            or tracked.is_outdated
-            or last <= first
-            or len(blocks) < num_blocks
-            or not self._tainted.isdisjoint(blocks)
-        ):
+        if not self._can_store or tracked.is_outdated or last <= first or len(blocks) < num_blocks:
             return None
         if last * KEY_BYTES > len(tracked.keys):
             tracked.extend_keys()
@@ -459,12 +425,8 @@ class SchedulerHalf:
 
     # -- after a step -----------------------------------------------------------------------------
 
-    def hear_report(self, report: StepReport, invalid_block_ids: Iterable[int]) -> None:
-        """Let go of what has been loaded, and distrust what came from a load that failed."""
-        if any(count > self._known_load_failures.get(rank, 0) for rank, count in report.load_failures.items()):
-            self._known_load_failures.update(report.load_failures)
-            if not self._copies_later:  # else vLLM has computed nothing from these blocks
-                self._distrust(set(invalid_block_ids))
+    def hear_report(self, report: StepReport) -> None:
+        """Let go of what has been loaded."""
         if self._stored_up_to is not None:
             self._stored_up_to.update(report.stored_up_to)
         self._loaded_up_to.update(report.loaded_up_to)
@@ -481,23 +443,6 @@ class SchedulerHalf:
             self._client.post_end_session(request_id)
         elif tracked.lookup is None and not tracked.hit_boot:  # else it was preempted, and looks for its next load
             self.free_pins(request_id)
-
-    def _distrust(self, invalid: set[int]) -> None:
-        """Mark the invalid blocks and all that may have been computed from them.
-
-        vLLM computes them again, and `_follow_taint` notices. The worker has dropped what this step
-        and those in flight meant to store, so all is offered again.
-        """
-        self._tainted |= invalid
-        grew = True
-        while grew:
-            before = len(self._tainted)
-            for tracked in (*self._tracked.values(), *self._ended.values()):
-                at = [i for i, block in enumerate(tracked.block_ids) if block in self._tainted]
-                self._tainted.update(tracked.block_ids[at[0] :] if at else ())
-            grew = len(self._tainted) > before
-        for tracked in self._tracked.values():
-            tracked.stored_chunks, tracked.own_from = 0, UNKNOWN
 
     def hold_blocks(self, request_id: str, block_ids: Sequence[int]) -> bool:
         """Tell whether vLLM must keep the blocks of a request that ends; the workers then report when they have read them."""

@@ -58,15 +58,13 @@ class StoreSpan(ChunkSpan):
 class StepPlan:
     """What the worker does before (loads) and after (stores) the forward pass of one step.
 
-    Plans are numbered from 1. `known_load_failures`: how many failed loads of each rank the scheduler had heard of when it
-    made the plan. `held`: requests that have ended, whose blocks vLLM keeps until each worker has once reported that it has
-    read them. `preempted`: requests whose blocks vLLM has taken away before this step. `given_up`: requests that ended while
-    they were loaded, of which nobody will compute. `is_idle`: the step computes nothing.
+    Plans are numbered from 1. `held`: requests that have ended, whose blocks vLLM keeps until each worker has once reported
+    that it has read them. `preempted`: requests whose blocks vLLM has taken away before this step. `given_up`: requests that
+    ended while they were loaded, of which nobody will compute. `is_idle`: the step computes nothing.
     """
 
     loads: list[ChunkSpan] = field(default_factory=list)
     stores: list[StoreSpan] = field(default_factory=list)
-    known_load_failures: dict[int, int] = field(default_factory=dict)
     held: frozenset[str] = frozenset()
     preempted: frozenset[str] = frozenset()
     given_up: frozenset[str] = frozenset()
@@ -76,21 +74,19 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepReport:
-    """How far each rank is, by the numbers of plans, and how many of its loads have failed since the start.
+    """How far each rank is, by the numbers of plans.
 
     `loaded_up_to`: the last plan with loads of which, and of all before it, nothing is left to load. `stored_up_to`: the last
     plan of which, and of all before it, nothing is left to store.
     """
 
     loaded_up_to: dict[int, int] = field(default_factory=dict)
-    load_failures: dict[int, int] = field(default_factory=dict)
     stored_up_to: dict[int, int] = field(default_factory=dict)
 
     def merge(self, other: StepReport) -> StepReport:
         """Return both workers' reports as one."""
         return StepReport(
             {**self.loaded_up_to, **other.loaded_up_to},
-            {**self.load_failures, **other.load_failures},
             {**self.stored_up_to, **other.stored_up_to},
         )
 
@@ -101,8 +97,8 @@ class WorkerHello:
 
     An engine of `num_ranks` ranks keeps `namespace.world_size` different shards of KV, one a rank. With MLA there is one, and
     all ranks have it: then the first rank stores it, and all load it.
-    `copies_later`: whether a plan's loads and stores may go on after its step. Then a request waits for its load while others
-    compute, and is let go on only when each rank has told that it is over, or nearly.
+    `copies_later`: whether a plan's loads and stores may go on after its step. A request waits for its load, and is let go on
+    only when each rank has told that it is over, or nearly.
     """
 
     namespace: Namespace | None = None

@@ -3,9 +3,9 @@
 Comes in: vLLM's KV tensors and `StepPlan`s. Goes out: bytes, through `client/kvcache.py` (places in
 the pool) and `transfer/` (the copies).
 
-For KV in host memory all of it is synchronous: a load is done before the forward pass that needs it, a store after the one
-that computed it, and vLLM reuses no block meanwhile. On a GPU both go on beside the steps: a load is handed to the device, and
-its request waits in vLLM's queue until `take_received` has named it; a store goes on in the background (`background.py`).
+A request waits in vLLM's queue for its load until `take_received` has named it. For KV in host memory loads and stores are done
+within their step: a request goes on in the next one. On a GPU both go on beside the steps, stores in the background
+(`background.py`), and a load that is nearly over is named already:
 
     handed over ----> named: nearly over, and its chunks are still kept ----> over, and verified: settled
                       vLLM lets the request go on, which takes it 3 ms       before the step that may need it is over
@@ -13,10 +13,10 @@ its request waits in vLLM's queue until `take_received` has named it; a store go
 What the device is given after the naming comes after the load. Should that not be over within KEPT_SECONDS, for which the
 chunks are sure to stay, and one of them have gone, the engine ends: vLLM cannot take back what it computes from them.
 
-What fails costs time, never an answer: a load reports every block that it did not fill. Where it belongs to the step, nothing
-is stored from then on until the scheduler has heard of it, because what is computed from such blocks is worthless. A load
-that fails on another rank makes it worthless too: of that the scheduler takes care, which plans no store before it has heard
-of the loads that it rests on.
+What fails costs time, never an answer: a load reports every block that it did not fill before its request may go on, so that
+nothing is ever computed from such blocks. Within a step that computes from them vLLM would let one request mend them for all
+that share them, and be wrong where that one is aborted first. Of a load that was named early and turns out bad on another rank
+the scheduler takes care: it plans no store before it has heard of the loads that it rests on.
 """
 
 from __future__ import annotations
@@ -125,7 +125,6 @@ class WorkerHalf:
         self._last_load_plan = 0  # handed to the copier
         self._loaded_up_to = 0  # and looked at
         self._reported_loads_up_to = 0
-        self._load_failures = 0
         self._last_step_at = float("-inf")
         self._log = RateLimitedLog(logger)
         self.hello = WorkerHello(refusal="no KV caches were registered")
@@ -221,11 +220,13 @@ class WorkerHalf:
         if self._background is not None and self._background.is_gated and self._copier is not None:
             self._background.open_gate(self._copier.fence())
         for span in plan.loads:
-            self._begin_load(span, plan.number, is_awaited=self.copies_later)
+            self._begin_load(span, plan.number, is_awaited=True)
         if plan.loads:
             self._last_load_plan = plan.number
         if not self.copies_later:
-            self.settle_loads()
+            while self._loading:
+                self._settle_first()
+            self._loaded_up_to = self._last_load_plan
 
     def load_span(self, span: ChunkSpan) -> bool:
         """Fill the blocks of one load; tell whether all of them hold what they should."""
@@ -356,23 +357,18 @@ class WorkerHalf:
         """Remember the blocks after the first `num_filled` as failed; True when there are none."""
         num_failed = len(span.block_ids) - num_filled
         if num_failed:
-            self._load_failures += 1
             self._failed_blocks.update(span.block_ids[num_filled:])
             self._client.tally.add(failed_blocks={reason: num_failed})
         return not num_failed
 
     def store(self, plan: StepPlan) -> None:
-        """Store the plan's chunks, unless one of them may come from a load that failed.
+        """Store the plan's chunks.
 
         Raises: SpoiledLoadError.
         """
         if not plan.is_idle:
             self._settle_named()
-        is_good = True
-        if not self.copies_later:
-            self.settle_loads()
-            is_good = plan.known_load_failures.get(self.hello.rank, 0) == self._load_failures
-        stores = plan.stores if is_good and self.hello.is_storing else []
+        stores = plan.stores if self.hello.is_storing else []
         if self._background is None:
             for span in stores:
                 self.store_span(span)
@@ -438,8 +434,6 @@ class WorkerHalf:
 
     def take_failed_blocks(self) -> set[int]:
         """Return, once, the blocks that loads did not fill."""
-        if not self.copies_later:
-            self.settle_loads()
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
@@ -461,7 +455,6 @@ class WorkerHalf:
         rank = self.hello.rank
         return StepReport(
             {rank: self._loaded_up_to},
-            {rank: self._load_failures},
             {rank: stored_up_to} if self._background is not None else {},
         )
 
