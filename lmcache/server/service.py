@@ -811,7 +811,7 @@ class CacheService:
     def _advance(self, removal: PendingRemoval, max_entries: int) -> bool:
         """Remove a slice, and answer when it is time; False when nothing is left to do."""
         if removal.sweep is not None:
-            if removal.is_swept:
+            if removal.is_swept and not removal.sweep.num_left:
                 removal.sweep.begin_again()
             self.storage.advance(removal.sweep, max_entries)
             removal.is_swept = removal.is_swept or not removal.sweep.num_left
@@ -830,7 +830,8 @@ class CacheService:
             return False
         if isinstance(removal.request, Evict) or removal.request.dry_run:
             return False
-        return removal.request.force or (self.tiers is not None and self.tiers.num_moving > 0)
+        is_moving = self.tiers is not None and self.tiers.num_moving > 0
+        return removal.request.force or is_moving or removal.sweep.num_left > 0
 
     def _removal_answer(self, removal: PendingRemoval) -> Answer:
         done = Removal() if removal.sweep is None else removal.sweep.removal

@@ -910,6 +910,22 @@ def test_a_forced_clear_removes_many_pinned_chunks_as_they_are_let_go(crowded):
     assert [(answer.reply.objects, answer.reply.kept_objects) for answer in answers] == [(NUM_MANY - 1, 1)]
 
 
+@pytest.mark.parametrize("ended", ["a", "b"])
+def test_a_forced_clear_comes_back_to_all_that_it_kept_also_where_more_than_a_slice_stays_pinned(crowded, ended):
+    half = NUM_MANY // 2
+    for request_id, numbers in (("a", range(half)), ("b", range(half, NUM_MANY))):
+        crowded.call(Lookup(client=crowded.writer.id, request_id=request_id), [keys(*numbers)])
+    answers = crowded.send(Clear(force=True, timeout_seconds=5))
+    for _ in range(10):
+        crowded.service.tick()
+    crowded.call(EndSession(client=crowded.writer.id, request_id=ended))
+    for _ in range(10):
+        crowded.service.tick()
+    assert (answers, len(crowded.storage.l1)) == ([], half)
+    crowded.pass_time(6)
+    assert [(answer.reply.objects, answer.reply.kept_objects) for answer in answers] == [(half, half)]
+
+
 def test_several_removals_share_a_slice(crowded):
     clears = [crowded.send(Clear(dry_run=True, timeout_seconds=100)) for _ in range(4)]
     for _ in range(4):
