@@ -29,10 +29,10 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields)
 
 
-def configure_logging(level: str = "", json_lines: bool = False) -> None:
-    """Send this package's log to stderr; calling it again replaces what was set before."""
+def configure_logging(level: str = "", json_lines: bool = False, handler: logging.Handler | None = None) -> None:
+    """Send this package's log to stderr, or to `handler`; calling it again replaces what was set before."""
     root = logging.getLogger(ROOT_NAME)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = handler or logging.StreamHandler(sys.stderr)
     if json_lines:
         handler.setFormatter(JsonFormatter())
     else:

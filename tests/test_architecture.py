@@ -125,6 +125,7 @@ UNTIMED = {
     ("server/zmq_frontend.py", "_receive", "recv"),  # the same
     ("server/zmq_frontend.py", "_next_peer", "recv"),  # RCVTIMEO is set
     ("storage/l2/workers.py", "_run", "get"),  # until `close` puts None
+    ("server/log_writer.py", "_run", "get"),  # the same
     ("cli/base.py", "ask", "result"),  # by the request's deadline
     ("cli/commands/describe/watch.py", "describe", "result"),  # Sample.result: a report, no wait
     ("cli/commands/describe/watch.py", "_show", "result"),  # the same

@@ -29,6 +29,7 @@ from lmcache.protocol import Status
 from lmcache.server import http_frontend
 from lmcache.server.args import ServerConfig, add_arguments, config_from_args
 from lmcache.server.http_frontend import HttpFrontend
+from lmcache.server.log_writer import LogWriter
 from lmcache.server.service import CacheService, Endpoints
 from lmcache.server.sessions import Sessions
 from lmcache.server.watchdog import LOOK_SECONDS, Watchdog
@@ -434,7 +435,12 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     config = config_from_args(args)
-    configure_logging(config.telemetry.log_level, config.telemetry.log_format == "json")
+    with contextlib.closing(LogWriter(sys.stderr.fileno())) as log:
+        configure_logging(config.telemetry.log_level, config.telemetry.log_format == "json", log)
+        return _serve(config, stop)
+
+
+def _serve(config: ServerConfig, stop: StopRequest) -> int:
     _keep_freed_memory()
     _allow_many_descriptors()
     wait_for_room(config, stop)
@@ -457,6 +463,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run without the command line's front door: `python -m lmcache.server.app`."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - as after `2>&-`; lives as long as the process
     parser = argparse.ArgumentParser(prog="python -m lmcache.server.app", allow_abbrev=False)
     add_arguments(parser)
     try:

@@ -19,6 +19,7 @@ def test_it_serves_until_sigterm_or_sigint_and_leaves_nothing():
             wait_until(lambda server=server: f"ZMQ {server.zmq_url}" in server.log_text(), "it says where it listens")
             assert server.shared_files() != []
             assert server.stop(number) == 0
+            assert server.log_text().endswith(" INFO lmcache.server.app: stopped\n")
             assert server.shared_files() == []
 
 
