@@ -426,14 +426,15 @@ def _allow_many_descriptors() -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a server in the foreground until SIGINT or SIGTERM; return the exit code.
+    """Run a server in the foreground until SIGINT, SIGTERM or SIGHUP; return the exit code.
 
     A stop that was asked for is a success: 0. 1 when the owner thread ended by itself. One that is stuck for longer than it may
     ends the process at once, with status 1: what is left is what a killed server leaves.
     """
     stop = StopRequest()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has left it
+            signal.signal(number, lambda *_: stop.set())
     config = config_from_args(args)
     with contextlib.closing(LogWriter(sys.stderr.fileno())) as log:
         configure_logging(config.telemetry.log_level, config.telemetry.log_format == "json", log)

@@ -2,8 +2,11 @@
 
 import argparse
 import logging
+import re
 import signal
 import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +15,17 @@ from tests.chaos.waiting import wait_until
 from tests.server_process import LmcacheServer, free_port, run_lmcache, running_lmcache
 
 
-def test_it_serves_until_sigterm_or_sigint_and_leaves_nothing():
-    for number in (signal.SIGTERM, signal.SIGINT):
+@pytest.fixture
+def hangup() -> Iterator[Callable[[signal.Handlers], object]]:
+    """What the processes that are started do of a SIGHUP, whatever those of the tests do."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda action: signal.signal(signal.SIGHUP, action)
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_it_serves_until_a_signal_asks_for_its_end_and_leaves_nothing(hangup):
+    hangup(signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         with LmcacheServer() as server:
             # It answers a moment before it says so.
             wait_until(lambda server=server: f"ZMQ {server.zmq_url}" in server.log_text(), "it says where it listens")
@@ -21,6 +33,14 @@ def test_it_serves_until_sigterm_or_sigint_and_leaves_nothing():
             assert server.stop(number) == 0
             assert server.log_text().endswith(" INFO lmcache.server.app: stopped\n")
             assert server.shared_files() == []
+
+
+def test_it_outlives_its_terminal_where_it_was_told_to(hangup):
+    hangup(signal.SIG_IGN)  # as by `nohup`
+    with LmcacheServer(http=False) as server:
+        ignored = re.search(r"SigIgn:\t(\w+)", Path(f"/proc/{server.pid}/status").read_text())
+        assert ignored
+        assert int(ignored[1], 16) & 1 << signal.SIGHUP - 1
 
 
 def test_it_needs_no_flag():
