@@ -18,6 +18,9 @@ logger = init_logger(__name__)
 MAX_CONNECTIONS = 256
 STOP_DEADLINE_SECONDS = 3.0
 HEAD_DEADLINE_SECONDS = 5.0
+# A peer that takes not one byte of its answer for so long is gone: TCP_USER_TIMEOUT, see `zmq_frontend.py`. Else
+# MAX_CONNECTIONS that ask and never read would keep everybody out.
+PEER_TIMEOUT_MS = 10_000
 
 
 def bind(host: str, port: int, name: str) -> socket.socket:
@@ -32,6 +35,7 @@ def bind(host: str, port: int, name: str) -> socket.socket:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, proto)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_TIMEOUT_MS)  # its connections inherit that
         listener.bind(address)
         listener.listen(MAX_CONNECTIONS)
     except (OSError, UnicodeError) as exc:

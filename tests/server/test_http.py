@@ -13,7 +13,7 @@ from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import UsageError
 from lmcache.metrics import SPECS, Kind
 from lmcache.protocol import Clear, EndSession
-from lmcache.server import http_routes
+from lmcache.server import http_frontend, http_routes
 from tests.fakes import seconds
 from tests.pools import content, keys, server_in, status_of, wait_until
 from tests.server_process import free_port
@@ -360,6 +360,22 @@ def test_bytes_that_are_no_http_are_answered_or_hung_up_on_and_the_next_request_
         except ConnectionResetError:
             pass
     assert http.get("/livez").status_code == 200
+
+
+def test_a_connection_that_asks_and_never_reads_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(http_frontend, "PEER_TIMEOUT_MS", 500)
+    with http_server(tmp_path) as server, client_of(server) as http, socket.socket() as peer:
+        http.get("/livez")
+        http.close()
+        [frontend] = server._frontends
+        connections = frontend._server.server_state.connections
+        wait_until(lambda: not connections)
+        host, port = server.endpoints.http.removeprefix("http://").split(":")
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        peer.connect((host, int(port)))
+        peer.sendall(b"GET /api/status HTTP/1.1\r\nHost: x\r\n\r\n" * 2000)
+        wait_until(lambda: any(connection.flow.write_paused for connection in connections), "an answer that is not read")
+        wait_until(lambda: not connections, "its end")
 
 
 def test_stopping_does_not_wait_for_a_connection_that_says_nothing(tmp_path):
