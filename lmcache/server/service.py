@@ -406,10 +406,12 @@ class CacheService:
             )
         client.registration = msgspec.structs.replace(request, revision_parts={})
         engine = namespace.for_request()
-        model = self._models.setdefault(engine.id, Model(engine, {}, request.world_size, request.layout))
+        known = model = self._models.get(engine.id)
+        if model is None or model.world_size != request.world_size:  # with MLA one namespace serves any number of ranks
+            model = self._models[engine.id] = Model(engine, {}, request.world_size, request.layout)
         model.revision_parts = model.revision_parts or request.revision_parts
         is_new = request.rank not in model.rank_bytes
-        if not model.rank_bytes:
+        if known is None:
             self._note_differences(model)
         model.rank_bytes[request.rank] = request.layout.bytes_per_token
         self._forget_models()

@@ -195,6 +195,17 @@ def test_ranks_that_hold_the_same_kv_weigh_once_and_their_tokens_count_once(serv
     assert counted == [6, 3 * CHUNK_SIZE]
 
 
+def test_an_engine_that_comes_back_with_another_number_of_ranks_shows_those(service):
+    for world_size in (8, 2, 16):
+        ranks = [service.client() for _ in range(world_size)]
+        for rank, client in enumerate(ranks):
+            client.register(rank=rank, world_size=world_size, num_shards=1)
+            [model] = service.status()["models"]
+            assert (model["ranks"], model["world_size"]) == ([*range(rank + 1)], world_size)
+        for client in ranks:
+            client.leave()
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
