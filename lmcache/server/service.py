@@ -102,8 +102,8 @@ FOREIGN = ("version_mismatch", "bad_header")
 TIMEOUT_SHARE = 0.75
 # Both are only there so that no sequence of good requests makes the server grow without end.
 MAX_PENDING_REMOVALS = 64
-# Some 0.2 s of the owner's time.
-MAX_DELETED_VALUES = 1 << 18
+# Chunks times ranks that one request names: some 0.2 s of the owner's time.
+MAX_VALUES = 1 << 18
 MAX_MODELS = 1024
 # In the line about an engine that shares nothing with another of its model.
 MAX_TOLD_DIFFERENCES = 8
@@ -508,7 +508,7 @@ class CacheService:
 
     def _begin_lookup(self, tiers: Tiers, request: Lookup, payload: Payload, pending: Pending) -> bool:
         """Ask the tiers for what L1 lacks; False when they are not asked."""
-        keys, num_chunks = _keys(payload)
+        keys, num_chunks = _keys(payload, request.world_size)
         slots = self.storage.l1.find_prefix(keys, request.world_size)
         has_all = len(slots) == num_chunks * request.world_size
         if request.client is not None and (has_all or self.sessions.find(request.client) is None):
@@ -536,7 +536,7 @@ class CacheService:
     def _lookup(self, request: Lookup, payload: Payload, found: Found | None = None) -> Answer:
         """`found`: what the tiers said, if they were asked; what they had is in L1 by now."""
         client = self._client(request.client) if request.client is not None else None
-        keys, num_chunks = _keys(payload)
+        keys, num_chunks = _keys(payload, request.world_size)
         slots = self.storage.l1.find_prefix(keys, request.world_size)
         hit_chunks = l1_chunks = len(slots) // request.world_size
         first_hits = hit_chunks if found is None else found.l1_chunks
@@ -743,7 +743,7 @@ class CacheService:
     # -- removing -----------------------------------------------------------------------------------------------------
 
     def _begin_evict(self, removal: PendingRemoval, request: Evict, payload: Payload) -> None:
-        keys = _keys(payload)[0] if payload else None
+        keys = _keys(payload, len(self.storage.l1.ranks))[0] if payload else None
         capacity = self._pool.header.capacity_bytes
         bounds = [
             request.num_bytes,
@@ -766,9 +766,7 @@ class CacheService:
         """Return whose chunks the tiers may have: of ranks that stored here, and of all of each engine that was seen."""
         worlds = [range(known.namespace.world_size) for known in self._models.values()]
         ranks = sorted({0, *self.storage.l1.ranks, *itertools.chain(*worlds)})
-        if num_keys * len(ranks) > MAX_DELETED_VALUES:
-            most = MAX_DELETED_VALUES // len(ranks)
-            raise RemoteError(f"{num_keys} chunks of {len(ranks)} ranks are too many at once", f"name {most}", "bad_field")
+        _check_num_values(num_keys, len(ranks))
         return ranks
 
     def _namespace_ids(self, model: str) -> frozenset[int]:
@@ -1115,12 +1113,19 @@ def _watch(path: Path) -> PresenceWatch:
     raise RemoteError(f"{path}: {problem}", "lock it before ATTACH", "no_presence")
 
 
-def _keys(payload: Payload) -> tuple[bytes, int]:
-    """The first payload frame and how many keys it holds."""
+def _keys(payload: Payload, num_ranks: int = 1) -> tuple[bytes, int]:
+    """The first payload frame and how many keys it holds, each of which will be looked up for so many ranks."""
     if not payload:
         raise ProtocolError("the frame with the chunk keys is missing", code="bad_keys")
     num_chunks = count_keys(payload[0])
+    _check_num_values(num_chunks, num_ranks)
     return bytes(payload[0]), num_chunks
+
+
+def _check_num_values(num_chunks: int, num_ranks: int) -> None:
+    if num_chunks * num_ranks > MAX_VALUES:
+        most = MAX_VALUES // num_ranks
+        raise RemoteError(f"{num_chunks} chunks of {num_ranks} ranks are too many at once", f"name {most}", "bad_field")
 
 
 def _is_sweeping(removal: PendingRemoval) -> bool:

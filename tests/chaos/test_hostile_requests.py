@@ -61,9 +61,11 @@ def test_evict_counts_a_key_that_is_given_twice_once(client):
     assert client.mq.call(Evict(), [chunk_key(0) * 3]).objects == 1
 
 
-def test_evict_of_many_keys_after_a_store_by_a_high_rank_is_answered(client):
+def test_many_keys_after_a_store_by_a_high_rank_are_answered_and_those_of_all_ranks_refused(client):
     commit(client, reserve(client, [0], rank=65535).placements)
-    assert client.mq.call(Lookup(world_size=65535), [chunk_keys(range(4000))]).hit_chunks == 0
+    assert client.mq.call(Lookup(world_size=65535), [chunk_keys(range(4))]).hit_chunks == 0
+    with pytest.raises(RemoteError, match="4000 chunks of 65535 ranks are too many at once"):
+        client.mq.call(Lookup(world_size=65535), [chunk_keys(range(4000))])
     assert client.mq.call(Evict(), [chunk_keys(range(4000))]).objects == 1
 
 

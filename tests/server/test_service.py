@@ -832,6 +832,16 @@ def test_an_evict_by_age_spares_what_was_used_since(stored, monkeypatch):
     assert present(stored) == set(range(2, 10))
 
 
+def test_chunks_of_more_ranks_than_can_be_looked_up_at_once_are_refused(stored, monkeypatch):
+    monkeypatch.setattr("lmcache.server.service.MAX_VALUES", 6)
+    stored.client().store(0, rank=1)
+    assert stored.call(Lookup(world_size=2), [keys(0, 1, 2)]).hit_chunks == 1
+    assert stored.code_of(Lookup(world_size=2), [keys(0, 1, 2, 3)]) == "bad_field"
+    assert stored.code_of(Evict(), [keys(0, 1, 2, 4)]) == "bad_field"
+    assert present(stored) == set(range(10))
+    assert stored.call(Evict(), [keys(0, 1, 2)]).objects == 4
+
+
 def test_an_evict_that_selects_nothing_is_refused(stored):
     assert stored.code_of(Evict()) == "bad_field"
     with pytest.raises(RemoteError, match="no engine registered model 'c'") as caught:
