@@ -22,9 +22,14 @@ class LookupPins(msgspec.Struct):
     slots: list[int | None]
     per_chunk: int
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether all were freed."""
+        return all(slot is None for slot in self.slots)
+
 
 class Session(msgspec.Struct):
-    """The pins of one request of one client."""
+    """The pins of one request of one client. No lookup in it is empty."""
 
     lookups: list[LookupPins]
     retrieved: dict[int, int]
@@ -40,7 +45,7 @@ class Session(msgspec.Struct):
     @property
     def is_empty(self) -> bool:
         """Whether no pin is left."""
-        return not self.retrieved and not any(slot is not None for lookup in self.lookups for slot in lookup.slots)
+        return not self.retrieved and not self.lookups
 
 
 class Client(msgspec.Struct):
@@ -109,15 +114,16 @@ class Sessions:
             first, last = start * lookup.per_chunk, end * lookup.per_chunk
             freed += [slot for slot in lookup.slots[first:last] if slot is not None]
             lookup.slots[first:last] = [None] * len(lookup.slots[first:last])
+        session.lookups = [lookup for lookup in session.lookups if not lookup.is_empty]
         self._drop_if_empty(client, request_id, session)
         return freed
 
     def forget_lookup(self, client: Client, request_id: str, pins: LookupPins) -> list[int]:
         """Take one lookup, just made, out of the request; return its slots."""
-        slots = [slot for slot in pins.slots if slot is not None]
-        pins.slots.clear()
-        self._drop_if_empty(client, request_id, client.sessions[request_id])
-        return slots
+        session = client.sessions[request_id]
+        session.lookups = [lookup for lookup in session.lookups if lookup is not pins]
+        self._drop_if_empty(client, request_id, session)
+        return [slot for slot in pins.slots if slot is not None]
 
     def free_retrieved(self, client: Client, request_id: str, slots: Iterable[int]) -> list[int]:
         """Take one retrieve pin of each slot out of the request; return those that were held."""

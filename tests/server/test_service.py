@@ -333,6 +333,17 @@ def test_a_reply_that_cannot_be_sent_takes_back_what_it_granted(service):
     assert service.value("replies_dropped") == 6
 
 
+def test_lookups_whose_pins_are_all_free_are_forgotten_while_their_request_goes_on(service):
+    client = service.client()
+    client.store(1, 2)
+    service.call(Lookup(client=client.id, request_id="r"), [keys(1, 2)])
+    for delivered, request in [(True, FreeLookupLocks(client=client.id, request_id="r", end=1))] * 3 + [(False, Noop())] * 3:
+        service.send(Lookup(client=client.id, request_id="r"), [keys(1)], delivered=delivered)
+        service.call(request)
+    [session] = service.sessions.clients[client.id].sessions.values()
+    assert (service.pins, len(session.lookups)) == (1, 1)
+
+
 # -- the inline path --------------------------------------------------------------------------------------------------
 
 
