@@ -18,6 +18,7 @@ import math
 import mmap
 import time
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
@@ -83,7 +84,7 @@ class L1Cache:
         # Per page: the slot + 1 whose extent begins or ends there. Anonymous memory: pages never written cost nothing.
         self._slot_at_page = memoryview(mmap.mmap(-1, self.capacity_pages * 4)).cast("I")
         # Page ranges that are neither in use nor resident yet, ascending.
-        self._not_resident: list[tuple[int, int]] = [(0, self.capacity_pages)]
+        self._not_resident = deque([(0, self.capacity_pages)])
         if pool.adopted:
             self._adopt()
 
@@ -332,11 +333,11 @@ class L1Cache:
     def grow_to(self, page: int) -> None:
         """Make what lies below `page`, and is resident now, allocatable."""
         while self._not_resident and self._not_resident[0][0] < page:
-            start, end = self._not_resident.pop(0)
+            start, end = self._not_resident.popleft()
             usable = min(end, page)
             self.allocator.free(start, usable - start)
             if usable < end:
-                self._not_resident.insert(0, (usable, end))
+                self._not_resident.appendleft((usable, end))
 
     def evictable_run(self, slot: int, num_pages: int) -> tuple[list[int], bool]:
         """Return the slots to delete, `slot` among them, so that `num_pages` in a row become free, and True.
@@ -490,7 +491,7 @@ class L1Cache:
         self._free_slots = [slot for slot in range(self._next_slot - 1, -1, -1) if slot not in used]
         for record, slot in kept:
             self._readmit(slot, record)
-        self._not_resident = list(self._gaps(kept))
+        self._not_resident = deque(self._gaps(kept))
 
     def _used_slots(self) -> Iterator[tuple[int, SlotRecord | None]]:
         for slot in range(self.pool.header.num_slots):

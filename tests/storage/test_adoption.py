@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lmcache.keys import split_keys
 from lmcache.pool import NO_OWNER, PAGE_BYTES, RECORD_BYTES, PoolFile, SlotRecord, SlotState
 from lmcache.protocol import StoreOutcome
+from lmcache.storage.residency import Residency
 from tests.pools import OTHER, OWNER, adopt_manager, content, crash, create_manager, key, keys, pool_path, reserve, store
 
 
@@ -106,6 +107,22 @@ def test_free_space_and_free_slots_are_what_is_left(reborn):
     assert manager.l1.allocator.extents() == [(2, 2), (8, 2), (12, 4)]
     assert reserve(manager, 10, 11, 12, 13, num_bytes=2 * PAGE_BYTES)[0] == [StoreOutcome.RESERVED] * 4
     assert not manager.l1.has_free_slot()
+
+
+def test_gaps_are_handed_out_as_they_become_resident_in_parts_and_several_at_once(reborn, monkeypatch):
+    def fill(manager):
+        store(manager, *range(6), num_bytes=2 * PAGE_BYTES)
+        for number in (1, 4):
+            manager.l1.delete(manager.l1.find(key(number), 0))
+        monkeypatch.setattr(Residency, "frontier_pages", lambda self: 0)
+
+    manager = reborn(fill, num_pages=17)
+    for page, extents in ((2, []), (3, [(2, 1)]), (9, [(2, 2), (8, 1)]), (14, [(2, 2), (8, 2), (12, 2)])):
+        manager.l1.grow_to(page)
+        manager.l1.check()
+        assert manager.l1.allocator.extents() == extents
+    manager.l1.grow_to(17)
+    assert manager.l1.allocator.extents() == [(2, 2), (8, 2), (12, 5)]
 
 
 def test_only_reservations_remain_with_their_owners_and_no_one_else_gets_their_place(reborn):
