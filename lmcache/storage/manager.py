@@ -27,6 +27,8 @@ MAX_EVICTED_PER_PASS = 512
 MAX_ENTRIES_PER_SLICE = 512
 # Only pools that hold chunks of several sizes compare at all; 16 runs of 128 small chunks take about 2 ms.
 MAX_RUNS_COMPARED = 16
+# So many small chunks one request looks at to compare, about 5 ms; after that it takes the first run that it finds.
+MAX_CHUNKS_COMPARED = 4096
 # The pool counts as unable to allocate when nothing of this size can be had.
 PROBE_PAGES = 1
 
@@ -154,6 +156,7 @@ class StorageManager:
         self._low_pages = max(0, int(self.l1.capacity_pages * (high_watermark_ratio - eviction_ratio)))
         self._is_evicting = False
         self._is_blocked = False
+        self._num_comparable = 0
         self._on_removed = on_removed
         self._untold = dict.fromkeys(RemovalReason, (0, 0))
         # Set where there are tiers below: told of each slot that goes, and asked before one goes that nobody needs the room of.
@@ -176,6 +179,7 @@ class StorageManager:
         """Reserve a place for each chunk that is not stored yet, evicting as needed."""
         outcomes: list[StoreOutcome] = []
         placements: list[Placement] = []
+        self._num_comparable = MAX_CHUNKS_COMPARED
         too_long = math.inf  # no room for this length: looking for it takes long, and this request frees nothing
         for key, length in zip(split_keys(keys), lengths, strict=True):
             outcome = self.l1.outcome_if_known(key, rank)
@@ -224,6 +228,7 @@ class StorageManager:
             if slot in hopeless:
                 continue
             run, is_enough = self.l1.evictable_run(slot, num_pages)
+            self._num_comparable -= len(run)
             if not is_enough:
                 hopeless.update(run)
                 continue
@@ -232,7 +237,7 @@ class StorageManager:
             num_found += 1
             if not best or self.l1.last_use(run) < self.l1.last_use(best):
                 best = run
-            if num_found == MAX_RUNS_COMPARED:
+            if num_found == MAX_RUNS_COMPARED or self._num_comparable <= 0:
                 break
         return best
 

@@ -198,6 +198,26 @@ def test_each_stretch_between_pins_is_searched_once_however_many_chunks_ask(tmp_
         manager.l1.unpin(slots[::16])
 
 
+def test_a_store_of_many_large_chunks_compares_no_more_than_one_of_a_few(tmp_path, monkeypatch):
+    found = []
+    real = L1Cache.evictable_run
+
+    def evictable_run(*args):
+        found.append(real(*args))
+        return found[-1]
+
+    monkeypatch.setattr(L1Cache, "evictable_run", evictable_run)
+    monkeypatch.setattr("lmcache.storage.manager.MAX_CHUNKS_COMPARED", 35)
+    with manager_in(tmp_path, num_pages=256, num_slots=300) as manager:
+        for _ in range(2):
+            store(manager, *range(256))
+            found.clear()
+            store(manager, *range(1000, 1010), num_bytes=10 * PAGE_BYTES)
+            assert len(found) == 4 + 9, "the first chunk looks at four runs, the others take the first"
+            for slot in [*manager.l1.slots()]:
+                manager.l1.delete(slot)
+
+
 def test_a_run_of_old_neighbours_goes_before_newer_ones(tmp_path):
     with manager_in(tmp_path, num_pages=40, num_slots=80) as manager:
         slots = store(manager, *range(40))
