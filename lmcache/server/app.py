@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import logging
 import os
 import queue
 import resource
@@ -455,6 +456,7 @@ def _serve(config: ServerConfig, stop: StopRequest) -> int:
                 logger.error("the owner thread ended; this is a bug")
                 return 1
             if watchdog.is_time_to_exit():
+                logging.shutdown()  # what was logged is still to be written
                 os._exit(1)  # a stop would wait for the thread, and takes from it what it may be using
     finally:
         server.stop()
