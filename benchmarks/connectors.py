@@ -176,7 +176,8 @@ class TimedConnector(LMCacheMPConnector):
             loads[:] = [dataclasses.replace(load, places=[]) for load in loads]
         self._stamp(request_id, "load_begin")
         if "floor" in request_id:
-            self._worker._loaded_up_to = self._connector_metadata.plan.number
+            self._worker._last_load_plan = self._connector_metadata.plan.number
+            self._worker._received.add(request_id)
         elif "memcpy" in request_id:
             self._load_beside_memcpy(forward_context, loads)
         else:
@@ -205,13 +206,13 @@ class TimedConnector(LMCacheMPConnector):
         super().wait_for_layer_load(layer_name)
 
     def wait_for_save(self) -> None:
-        if self._request_id:
+        if self._request_id and not self._connector_metadata.plan.is_idle:
             self._stamp(self._request_id, "forward_end")
         super().wait_for_save()
 
     def build_connector_worker_meta(self) -> Any:
         meta = super().build_connector_worker_meta()
-        if self._request_id:
+        if not self._stamps.get(self._request_id, {}).keys().isdisjoint(("forward_end", "load_settled")):
             self._flush(self._request_id)
             self._request_id = ""
         return meta
