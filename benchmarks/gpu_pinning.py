@@ -5,7 +5,8 @@ engine then maps and pins in the background. Inter-token latency before, meanwhi
 meanwhile it should be at most 3 % above the mean of before and after. How long it takes until the server has made the pool
 resident, and until the engine has pinned it. Then the server ends, and the engine lets go of that pool: latency meanwhile. When
 its memory is free again the server is started once more while short prompts are asked for, one after the other: TTFT without a
-server, while the pool is pinned, and afterwards (wanted: not delayed meanwhile). Last, with the engine gone, this process pins
+server, while the pool is pinned, and afterwards, each beside that of a plain vLLM on the same GPU, the two taking turns, as the
+host may change its speed (wanted: not delayed meanwhile). Last, with the engines gone, this process pins
 a pool of --alone-gib that is resident already (wanted: 64 GiB in 5 s). Needs as much shared memory as these say. Run, with
 vLLM's flags behind `--`:
 python benchmarks/gpu_pinning.py --model DIR [--l1-gib 32] [--alone-gib 64] -- [VLLM FLAGS]
@@ -20,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -199,30 +201,42 @@ def mapped_paths(pid: int) -> list[str]:
     return [line.split(maxsplit=5)[5] for line in lines if line.count("/")]
 
 
-def measure_first_tokens(engine: Engine, port: int, l1_gib: float) -> dict[str, Any]:
-    """TTFT of short prompts without a server, while a pool is made and pinned, and afterwards; with a server each is stored."""
-    taken: dict[str, list[float]] = {"without": [], "meanwhile": [], "after": []}
+def measure_first_tokens(ours: Engine, plain: Engine, port: int, l1_gib: float) -> dict[str, Any]:
+    """TTFT of short prompts: no server, a pool that is made and pinned, one that is. With a server ours stores each."""
+    stages = ("without", "meanwhile", "after")
+    taken: dict[str, dict[str, list[float]]] = {stage: {"ours": [], "plain": []} for stage in stages}
 
-    def ask(name: str) -> None:
-        taken[name].append(engine.ask(make_prompt((name, len(taken[name]), time.time()), PROMPT_TOKENS), 2).ttft_ms)
+    def ask(stage: str) -> None:
+        values = taken[stage]
+        prompt = make_prompt((stage, len(values["ours"]), time.time()), PROMPT_TOKENS)
+        for engine in (ours, plain):
+            values[engine.name].append(engine.ask(prompt, 2).ttft_ms)
 
     for _ in range(20):
         ask("without")
     with pinning(port, l1_gib) as pool:
         while not pool.is_over():
             ask("meanwhile")
-        while pool.ended_at and len(taken["after"]) < AFTER_REQUESTS:
+        while pool.ended_at and len(taken["after"]["ours"]) < AFTER_REQUESTS:
             ask("after")
-    figures: dict[str, Any] = {
-        name: {"requests": len(values), "median": round(statistics.median(values), 2), "max": round(max(values), 2)}
-        for name, values in taken.items()
-        if values
-    }
-    for name in [name for name in figures if name != "meanwhile"]:
-        figures[f"ratio_to_{name}"] = round(figures["meanwhile"]["median"] / figures[name]["median"], 4)
+    figures: dict[str, Any] = {stage: compared(**values) for stage, values in taken.items() if values["ours"]}
     figures["pinning"] = pool.figures()
     print(f"TTFT: {figures}", flush=True)
     return figures
+
+
+def compared(ours: list[float], plain: list[float]) -> dict[str, float]:
+    """Return what is to be said of requests that two engines answered in turns."""
+    ratios = [one / other for one, other in zip(ours, plain, strict=True)]
+    figures = {
+        "requests": len(ours),
+        "median": statistics.median(ours),
+        "plain_median": statistics.median(plain),
+        "ratio": statistics.median(ratios),
+        "max": max(ours),
+        "plain_max": max(plain),
+    }
+    return {name: round(value, 3) for name, value in figures.items()}
 
 
 def pin_alone(gib: float) -> dict[str, float]:
@@ -245,11 +259,16 @@ def main() -> None:
         folder = args.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
-        flags = ["--max-model-len", "32768", "--no-enforce-eager", *args.vllm_flags, *transfer_flags(f"tcp://127.0.0.1:{port}")]
-        engine = stack.enter_context(Engine("ours", args.model, folder, flags, engine_env("ours", folder)))
-        engine.ask(make_prompt("warm up", PROMPT_TOKENS), 16)
-        latency = measure_latency(engine, port, args.l1_gib, folder)
-        first_tokens = measure_first_tokens(engine, port, args.l1_gib)
+        flags = ["--max-model-len", "32768", "--no-enforce-eager", *args.vllm_flags]
+        ours, plain = (
+            Engine(name, args.model, folder, [*flags, *more], engine_env(name, folder))
+            for name, more in (("ours", transfer_flags(f"tcp://127.0.0.1:{port}")), ("plain", []))
+        )
+        with ThreadPoolExecutor(2) as pool:
+            for engine in pool.map(stack.enter_context, (ours, plain)):
+                engine.ask(make_prompt("warm up", PROMPT_TOKENS), 16)
+        latency = measure_latency(ours, port, args.l1_gib, folder)
+        first_tokens = measure_first_tokens(ours, plain, port, args.l1_gib)
     has_gpu = torch.cuda.is_available()
     alone = pin_alone(args.alone_gib) if has_gpu else {}
     device = torch.cuda.get_device_name() if has_gpu else "none"
