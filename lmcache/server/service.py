@@ -267,7 +267,7 @@ class CacheService:
             self._send(op, self._handlers[type(request)](request, payload), respond, started_at)
         except LMCacheError as exc:
             if exc.code in FOREIGN:
-                self._log.warning(exc.code, f"a request was refused: {exc}; hint: {exc.hint}")
+                self._log.warning(exc.code, f"a request was refused: {exc.with_hint}")
             self._send(op, self._error(exc), respond, started_at)
         except Exception as exc:  # a bug must cost its request an error, not every client the server
             logger.exception("%s failed", op)

@@ -305,7 +305,7 @@ def _read_config(extra_config: Mapping[str, Any]) -> ConnectorConfig:
     try:
         return ConnectorConfig.read(extra_config)
     except LMCacheError as exc:
-        raise ValueError(f"{exc}; hint: {exc.hint}") from exc
+        raise ValueError(exc.with_hint) from exc
 
 
 def _is_one_of_many() -> bool:

@@ -252,7 +252,7 @@ class LMCacheMPWorkerAdapter:
         try:
             config = ConnectorConfig.read(transfer.kv_connector_extra_config)
         except LMCacheError as exc:
-            raise ValueError(f"{exc}; hint: {exc.hint}") from exc
+            raise ValueError(exc.with_hint) from exc
         self.use_mla = parallel_strategy.use_mla
         # Every rank gets what is to be stored; which of them does is decided where it is for our own class.
         self.is_first_rank_of_pp_group = True
