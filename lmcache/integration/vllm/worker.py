@@ -109,6 +109,7 @@ class WorkerHalf:
 
     Args:
         client: this process's own.
+        config: of it `staging_bytes`, `requires_native` and `verifies_content`.
     """
 
     def __init__(self, client: KVCacheClient, config: ConnectorConfig = DEFAULT_CONFIG) -> None:
@@ -224,9 +225,8 @@ class WorkerHalf:
         if plan.loads:
             self._last_load_plan = plan.number
         if not self.copies_later:
-            while self._loading:
-                self._settle_first()
-            self._loaded_up_to = self._last_load_plan
+            self._received.update(load.span.request_id for load in self._loading)
+            self.settle_loads()
 
     def load_span(self, span: ChunkSpan) -> bool:
         """Fill the blocks of one load; tell whether all of them hold what they should."""
