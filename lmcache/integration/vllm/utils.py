@@ -201,7 +201,8 @@ def _model_revision(vllm_config: Any, num_copies: int) -> tuple[str, dict[str, o
     media, lora = getattr(model, "multimodal_config", None), getattr(vllm_config, "lora_config", None)
     config, path = model.hf_config, Path(str(model.model))
     load_format = getattr(load, "load_format", None)
-    commit = _commit_of(model, getattr(load, "download_dir", None))
+    download_dir = getattr(load, "download_dir", None)
+    _, commit, weights = _weights_of(model, download_dir)
     parts: dict[str, object] = {
         "config": config.to_dict() if hasattr(config, "to_dict") else repr(config),
         "dtype": str(model.dtype),
@@ -213,13 +214,13 @@ def _model_revision(vllm_config: Any, num_copies: int) -> tuple[str, dict[str, o
         "url": str(getattr(model, "model_weights", "")),
         "media": [getattr(media, name, None) for name in ("mm_processor_kwargs", "video_pruning_rate")],
         "lora": getattr(lora, "target_modules", None),
-        "weights": weights_digest(path) if path.exists() else "",
+        "weights": weights,
     }
     if load_format == "dummy":
         parts["seed"] = model.seed
     draft = getattr(getattr(vllm_config, "speculative_config", None), "draft_model_config", None)
     if draft is not None and draft.model != model.model:  # its layers' KV is part of each block
-        parts["draft"] = _weights_of(draft, getattr(load, "download_dir", None))
+        parts["draft"] = _weights_of(draft, download_dir)
     if num_copies > 1:
         parts["copies"] = str(num_copies)
     if not (commit or path.exists()):
