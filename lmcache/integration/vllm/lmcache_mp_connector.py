@@ -24,7 +24,13 @@ from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import LMCacheError, UsageError
 from lmcache.integration.vllm.scheduler import SchedulerHalf, only_group
 from lmcache.integration.vllm.steps import StepPlan, StepReport, WorkerHello
-from lmcache.integration.vllm.utils import ConnectorConfig, layout_of_joined_layers, media_are_hashed, software
+from lmcache.integration.vllm.utils import (
+    ConnectorConfig,
+    layout_of_joined_layers,
+    media_are_hashed,
+    software,
+    uses_multi_connector,
+)
 from lmcache.integration.vllm.worker import WorkerHalf
 from lmcache.log import init_logger
 
@@ -313,8 +319,7 @@ def _is_one_of_many() -> bool:
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
-    transfer = config.kv_transfer_config if config is not None else None
-    return transfer is not None and transfer.kv_connector == "MultiConnector"
+    return config is not None and uses_multi_connector(config)
 
 
 @contextmanager

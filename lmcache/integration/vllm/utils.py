@@ -148,6 +148,12 @@ def _flag(key: str, value: object) -> bool:
     return value
 
 
+def uses_multi_connector(vllm_config: Any) -> bool:
+    """Tell whether the engine's connector is a MultiConnector; those that it holds are given a configuration of their own."""
+    transfer = vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector == "MultiConnector"
+
+
 def mla_enabled(model_config: Any) -> bool:
     """Tell whether the model keeps one latent vector a token instead of keys and values."""
     return bool(getattr(model_config, "use_mla", False))

@@ -31,7 +31,7 @@ from lmcache.client.kvcache import KVCacheClient
 from lmcache.errors import LMCacheError, UsageError
 from lmcache.integration.vllm.scheduler import SchedulerHalf
 from lmcache.integration.vllm.steps import ChunkSpan, StoreSpan, WorkerHello
-from lmcache.integration.vllm.utils import ConnectorConfig, process_token, software
+from lmcache.integration.vllm.utils import ConnectorConfig, process_token, software, uses_multi_connector
 from lmcache.integration.vllm.worker import WorkerHalf
 from lmcache.keys import KEY_BYTES, ChunkHasher, Namespace
 from lmcache.log import init_logger
@@ -432,6 +432,6 @@ def reason_against(vllm_config: Any) -> str:
         "which images or sounds a request holds": model.is_multimodal_model,
         "what a request's prompt embeddings are": model.enable_prompt_embeds,
         "which tokens are drafts": vllm_config.speculative_config is not None,
-        "which connector loads a request": vllm_config.kv_transfer_config.kv_connector == "MultiConnector",
+        "which connector loads a request": uses_multi_connector(vllm_config),
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
