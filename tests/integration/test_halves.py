@@ -682,7 +682,7 @@ def test_what_both_the_engines_own_cache_and_the_server_have_is_not_offered_agai
         wait_until(lambda: server.status()["l1"]["pins"] == 0, "nothing is pinned")
 
 
-def test_a_store_begins_with_the_step_after_its_own_or_when_none_follows(server, monkeypatch):
+def test_a_store_begins_when_the_tokens_of_its_step_have_left_or_when_no_step_follows(server, monkeypatch):
     monkeypatch.setattr(background, "MAX_GATED_SECONDS", 3600.0)
     started = []
     stores = background.BackgroundStores(lambda job: started.append((job.span.request_id, job.fence)))
@@ -691,15 +691,22 @@ def test_a_store_begins_with_the_step_after_its_own_or_when_none_follows(server,
         stores.submit(1, spans[:1], "after step 1")
         stores.submit(2, spans[1:2], "after step 2")
         assert (stores.is_gated, stores.done_up_to, stores.is_reading("a")) == (True, 0, True)
+        stores.begin_step("sampled")
         time.sleep(0.05)
-        assert started == []
-        stores.open_gate("sampled")
-        wait_until(lambda: stores.done_up_to == 2, "both have been carried out")
-        assert started == [("a", "sampled"), ("b", "sampled")]
-        monkeypatch.setattr(background, "MAX_GATED_SECONDS", 0.0)
+        assert (started, stores.is_gated) == ([], True)
         stores.submit(3, spans[2:], "after step 3")
-        wait_until(lambda: stores.done_up_to == 3, "no step follows")
-        assert started[2:] == [("c", "after step 3")]
+        stores.begin_step("the step after")
+        wait_until(lambda: stores.done_up_to == 2, "those of before have been carried out")
+        assert started == [("a", "sampled"), ("b", "sampled")]
+        time.sleep(0.05)
+        assert (started[2:], stores.is_gated) == ([], True)
+        stores.begin_step("yet another")
+        wait_until(lambda: stores.done_up_to == 3, "so is this one, after an event of its own")
+        assert (started[2:], stores.is_gated) == ([("c", "the step after")], False)
+        monkeypatch.setattr(background, "MAX_GATED_SECONDS", 0.0)
+        stores.submit(4, spans[:1], "after step 4")
+        wait_until(lambda: stores.done_up_to == 4, "no step follows")
+        assert started[3:] == [("a", "after step 4")]
     finally:
         stores.close(5.0)
 

@@ -211,7 +211,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         meta = self._connector_metadata
         is_idle = meta is not None and meta.plan.is_idle
         # vLLM 0.25 leaves it out in a step that computes nothing. Where drafts follow, vLLM waits with it until their KV is
-        # there, as must what is copied at once; other stores begin with the next step, and from now on keep their blocks.
+        # there, as must what is copied at once; other stores begin later, and from now on keep their blocks.
         if is_idle or self._worker.copies_later:
             self.wait_for_save()
         if is_idle:

@@ -219,7 +219,7 @@ class WorkerHalf:
         for load in self._loading:
             load.is_given_up = load.is_given_up or load.span.request_id in plan.given_up
         if self._background is not None and self._background.is_gated and self._copier is not None:
-            self._background.open_gate(self._copier.fence())
+            self._background.begin_step(self._copier.fence())
         for span in plan.loads:
             self._begin_load(span, plan.number, is_awaited=True)
         if plan.loads:
