@@ -6,7 +6,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-engine test-storage test-rest install-test check fuzz chaos setup setup-l2 setup-vllm clean
+.PHONY: demo test test-engine test-storage test-rest install-test check fuzz soak chaos setup setup-l2 setup-vllm clean
 
 demo: .venv/.stamp-demo
 	@$(MAKE) --no-print-directory setup-vllm || echo "vLLM for the CPU cannot be installed here: the demo goes on without it"
@@ -35,6 +35,10 @@ check: setup
 
 fuzz: setup
 	$(PY) -m pytest -q -s tests/fuzz --fuzz-seconds 600 --timeout 1500
+
+# 4 hours of eight engines side by side.
+soak: setup-vllm
+	$(PY) -m pytest -q -s tests/integration/test_soak.py --soak-seconds 14400 --soak-engines 8
 
 chaos: setup-vllm
 	$(PY) -m pytest -q -s tests/chaos_vllm --chaos-seconds 600

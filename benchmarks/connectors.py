@@ -1,9 +1,9 @@
 """Connectors that vLLM loads in benchmarks by `kv_connector_module_path`, and a middleware for its API server.
 
-`IdleConnector` does nothing: what vLLM itself does more where there is a connector. `TimedConnector` is ours with a clock,
-`GpuTimedConnector` is that for KV on a GPU.
-It and the middleware note time.monotonic(), which all processes of a host share, and append JSON lines to the file that
-ENGINE_STAMPS names. What a request's X-Request-Id says decides what happens in the worker:
+`IdleConnector` does nothing: what vLLM itself does more where there is a connector. `SelectiveConnector` is ours, and stores
+nothing of a request whose X-Request-Id says `unstored`. `TimedConnector` is ours with a clock, `GpuTimedConnector` is that for
+KV on a GPU. It and the middleware note time.monotonic(), which all processes of a host share, and append JSON lines to the file
+that ENGINE_STAMPS names. What a request's X-Request-Id says decides what happens in the worker:
 
 - `floor`: nothing is loaded, and no message is sent for it.
 - `memcpy`: the load is timed, and so is one memcpy of as many bytes; they take turns to be first.
@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
 
 STAMPS = "ENGINE_STAMPS"
+UNSTORED = "unstored"
 
 
 def write_line(request_id: str, values: dict[str, float]) -> None:
@@ -94,6 +95,16 @@ class IdleConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         return KVConnectorMetadata()
+
+
+class SelectiveConnector(LMCacheMPConnector):
+    """The product's connector, which is not offered what some requests have computed."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        if self._scheduler is not None:
+            span_of = self._scheduler._span_to_store
+            self._scheduler._span_to_store = lambda tracked: None if UNSTORED in tracked.request_id else span_of(tracked)
 
 
 class TimedConnector(LMCacheMPConnector):

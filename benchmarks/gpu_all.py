@@ -1,10 +1,11 @@
 """Does the GPU path hold, and what are its figures? All checks and benchmarks of it, in one command.
 
-Faults around a real vLLM (`tests/chaos_vllm`), two tensor parallel ranks where there are two GPUs, and the copies under
-compute-sanitizer go first and side by side, as nothing in them is timed. Then come `pytest -m gpu` and the benchmarks, one by
-one, each with its own floor. A part that takes longer than it may is ended. All that it printed, and what its vLLM logged, is
-in the folder `--out`. The JSON line at the end has of each part its exit status (null: ended at its deadline), its seconds and
-its own JSON line. Takes about 20 minutes where nothing has been compiled yet. Run, with vLLM's flags for the model behind `--`:
+Faults around a real vLLM (`tests/chaos_vllm`), two tensor parallel ranks where there are two GPUs, eight simulated engines that
+go on for a while, and the copies under compute-sanitizer go first and side by side, as nothing in them is timed. Then come
+`pytest -m gpu` and the benchmarks, one by one, each with its own floor. A part that takes longer than it may is ended. All that
+it printed, and what its vLLM logged, is in the folder `--out`.
+The JSON line at the end has of each part its exit status (null: ended at its deadline), its seconds and its own JSON line.
+Takes about 23 minutes where nothing has been compiled yet. Run, with vLLM's flags for the model behind `--`:
 python benchmarks/gpu_all.py --model DIR --out DIR [--parts chaos engine ...] [--chaos-seconds 60] -- [VLLM FLAGS]
 """
 
@@ -73,6 +74,7 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
     def benchmark(name: str, *more: str) -> list[str]:
         return [sys.executable, str(REPOSITORY / "benchmarks" / f"{name}.py"), *more]
 
+    soak = ["--soak-seconds", str(args.soak_seconds)]
     chaos = ["--chaos-seconds", str(args.chaos_seconds), "--chaos-clients", str(args.chaos_clients)]
     pinning = ["--model", str(args.model), "--", *args.vllm_flags]
     engine = ["--model", str(args.model), "--l1-gib", str(args.l1_gib), "--", *args.vllm_flags]
@@ -92,12 +94,14 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
             min_gpus=2,
             env={"LMCACHE_TEST_VLLM_FLAGS": RANKS_VLLM_FLAGS, "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"},
         ),
+        Part("soak", pytest("-s", "tests/integration/test_soak.py", *soak), 200 + args.soak_seconds, may_share=True),
         *(sanitizer(tool, pytest("tests/transfer/test_cuda.py", "-k", tests)) for tool, tests in SANITIZED.items()),
         # Some fill the GPU.
         Part("tests", pytest("-m", "gpu"), 500, env={"LMCACHE_TEST_VLLM_FLAGS": ONE_VLLM_FLAGS}),
         Part("copy", benchmark("gpu_copy"), 200),
         Part("lanes", benchmark("gpu_lanes"), 120, min_gpus=2),
         Part("engine", benchmark("gpu_engine", *engine), 600),
+        Part("storing", benchmark("gpu_storing", *engine), 400),
         Part("timeline", benchmark("gpu_timeline", *engine), 400),
         Part("pinning", benchmark("gpu_pinning", *pinning), 500),
     ]
@@ -204,6 +208,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--l1-gib", type=float, default=24.0)
     parser.add_argument("--chaos-seconds", type=int, default=60)
     parser.add_argument("--chaos-clients", type=int, default=50)
+    parser.add_argument("--soak-seconds", type=int, default=60)
     parser.add_argument("vllm_flags", nargs="*")
     args = parser.parse_args()
     known = parts_of(args)

@@ -45,6 +45,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--chaos-clients", type=int, default=12, help="how many clients ask at once in the chaos (default: %(default)s)"
     )
+    parser.addoption(
+        "--soak-seconds", type=float, default=0.0, help="how long engines go on side by side; 0, the default, for a moment"
+    )
+    parser.addoption("--soak-engines", type=int, default=8, help="how many, where they go on (default: %(default)s)")
     parser.addoption("--chaos-seed", help="draw the prompts and faults of the run that printed this seed (default: a new one)")
     parser.addoption("--fuzz-seed", help="repeat the run that printed this seed (default: a new one)")
 
