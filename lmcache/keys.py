@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 KEY_BYTES = 32
+TOKEN_BYTES = 4
 
 Label = Annotated[str, Meta(max_length=4096)]
 ChunkTokens = Annotated[int, Meta(ge=1, le=1 << 20)]
@@ -73,8 +74,9 @@ class ChunkHasher:
     def extend_to(self, token_ids: Sequence[int]) -> bytes:
         """Return the keys of every whole chunk of `token_ids`, whose start must be what was hashed before."""
         size = self._chunk_size
-        for index in range(self.num_chunks, len(token_ids) // size):
-            self._last = _chain(self._last, token_ids[index * size : (index + 1) * size])
+        packed = _pack(token_ids[self.num_chunks * size : len(token_ids) // size * size])
+        for at in range(0, len(packed), size * TOKEN_BYTES):
+            self._last = _sha256(self._last + packed[at : at + size * TOKEN_BYTES])
             self._keys += self._last
         return bytes(self._keys)
 
@@ -92,7 +94,8 @@ def split_keys(keys: bytes) -> list[bytes]:
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
 
 
-def _chain(previous: bytes, token_ids: Iterable[int]) -> bytes:
+def _pack(token_ids: Sequence[int]) -> bytes:
+    """All at once: chunk by chunk 32k tokens took a quarter longer."""
     if isinstance(token_ids, (bytes, bytearray)):
         token_ids = list(token_ids)  # array() would take four of these bytes for one token
     try:
@@ -101,7 +104,7 @@ def _chain(previous: bytes, token_ids: Iterable[int]) -> bytes:
         raise ValueError(f"token ids must be integers from 0 to 2**32 - 1: {exc}") from exc
     if sys.byteorder == "big":
         packed.byteswap()
-    return _sha256(previous + packed.tobytes())
+    return packed.tobytes()
 
 
 def _sha256(data: bytes) -> bytes:
