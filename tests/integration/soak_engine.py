@@ -1,17 +1,19 @@
 """A simulated engine that goes on until its time is up, as a process of its own: `test_soak.py` starts several.
 
-    python -m tests.integration.soak_engine URL SEED SECONDS
+    python -m tests.integration.soak_engine URL SEED SECONDS COPIER
 
-Its KV is on the GPU, where there is one, and its copier the product's; else a fake of that, in host memory. All requests that
-end are verified, byte by byte. Prints one JSON line at the end; a wrong byte is an AssertionError.
+COPIER is one of `gpu`, the product's; `simulated`, the same on a simulated GPU, which does all at once; `later`, a fake of it
+that takes its time. All requests that end are verified, byte by byte. Prints one JSON line at the end; a wrong byte is an
+AssertionError.
 """
 
-import functools
 import json
 import random
 import sys
 import time
+from collections import deque
 
+import pytest
 import torch
 
 from lmcache.client.kvcache import KVCacheClient
@@ -20,9 +22,11 @@ from lmcache.integration.vllm.worker import WorkerHalf
 from lmcache.keys import Namespace
 from lmcache.layout import KVLayout
 from lmcache.protocol import Noop
+from lmcache.transfer.base import ChunkCopier
 from lmcache.transfer.cuda import CudaCopier
 from tests.integration.later_copier import LaterCopier
 from tests.integration.simulated_engine import BLOCK_BYTES, BLOCK_SIZE, NUM_LAYERS, SimEngine, SimRequest
+from tests.transfer.simulated_cuda import Driver, simulate
 
 KINDS = ("engine-worker", "engine-scheduler")
 NUM_BLOCKS = 256
@@ -31,13 +35,23 @@ NUM_STEMS, STEM_TOKENS = 60, 64
 STAGING_BYTES = 1 << 20
 STALL_SECONDS = 5.0
 LAYOUT = KVLayout(num_layers=NUM_LAYERS, num_planes=1, block_bytes=BLOCK_BYTES, block_size=BLOCK_SIZE, dtype="u8")
-HAS_GPU = torch.cuda.is_available()
+
+
+def make_copier(kind: str, planes: list[torch.Tensor]) -> ChunkCopier:
+    """Return the copier of that name."""
+    if kind == "later":
+        return LaterCopier(LAYOUT, planes, pause_seconds=1e-3)
+    if kind == "simulated":
+        driver = Driver()
+        driver.calls = deque(maxlen=1)
+        simulate(pytest.MonkeyPatch(), driver)
+    return CudaCopier(LAYOUT, planes, STAGING_BYTES, uses_triton=None if kind == "gpu" else False)
 
 
 class Soak:
     """The engine, and what has become of its requests."""
 
-    def __init__(self, url: str, seed: int) -> None:
+    def __init__(self, url: str, seed: int, kind: str) -> None:
         self.generator = random.Random(seed)
         self.counts = {"requests": 0, "aborted": 0, "preempted": 0, "steps": 0, "stalls": 0}
         self.slowest_step = 0.0
@@ -48,9 +62,9 @@ class Soak:
             client.mq.call(Noop())  # nothing here takes a request that cannot be sent at once for a miss, as vLLM's class does
         self._worker, self._scheduler = WorkerHalf(clients[0]), SchedulerHalf(clients[1])
         shape = (NUM_BLOCKS, BLOCK_BYTES)
-        planes = [torch.full(shape, 0xEE, dtype=torch.uint8, device="cuda" if HAS_GPU else "cpu") for _ in range(NUM_LAYERS)]
-        make_copier = functools.partial(CudaCopier, staging_bytes=STAGING_BYTES) if HAS_GPU else LaterCopier
-        self._worker.start(make_copier(LAYOUT, planes), Namespace(model="soak", layout=LAYOUT.fingerprint, chunk_size=0))
+        device = "cuda" if kind == "gpu" else "cpu"
+        planes = [torch.full(shape, 0xEE, dtype=torch.uint8, device=device) for _ in range(NUM_LAYERS)]
+        self._worker.start(make_copier(kind, planes), Namespace(model="soak", layout=LAYOUT.fingerprint, chunk_size=0))
         self._scheduler.hear([self._worker.hello])
         self.engine = SimEngine(self._scheduler, [self._worker], [planes], lag=1)
 
@@ -88,8 +102,8 @@ class Soak:
 
 def main() -> None:
     """Go on for so long, then let what runs come to its end."""
-    url, seed, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    soak = Soak(url, seed)
+    url, seed, seconds, kind = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+    soak = Soak(url, seed, kind)
     end_at = time.monotonic() + seconds
     while time.monotonic() < end_at or soak.engine.has_work:
         if time.monotonic() < end_at and len(soak.engine.running) + len(soak.engine.waiting) < NUM_RUNNING:

@@ -1,5 +1,6 @@
 """Engines side by side, requests aborted and preempted, chunks evicted and cleared at any time: no stall, no wrong byte."""
 
+import itertools
 import json
 import os
 import random
@@ -26,9 +27,10 @@ CLEAR_SECONDS = 2.0
 POOL_BYTES = 128 << 10
 
 
-def start(url: str, seed: int, seconds: float) -> "subprocess.Popen[str]":
+def start(url: str, copier: str, seconds: float) -> "subprocess.Popen[str]":
     """One engine."""
-    command = [sys.executable, "-m", "tests.integration.soak_engine", url, str(seed), str(seconds)]
+    seed = random.randrange(1 << 30)
+    command = [sys.executable, "-m", "tests.integration.soak_engine", url, str(seed), str(seconds), copier]
     return subprocess.Popen(command, cwd=REPOSITORY, env=dict(os.environ), stdout=subprocess.PIPE, text=True)
 
 
@@ -37,12 +39,13 @@ def test_engines_side_by_side_neither_stall_nor_read_a_wrong_byte(pytestconfig, 
     long_seconds = pytestconfig.getoption("--soak-seconds")
     seconds = long_seconds or SHORT_SECONDS
     num_engines = pytestconfig.getoption("--soak-engines") if long_seconds else SHORT_ENGINES
+    copiers = itertools.cycle(["gpu"] if torch.cuda.is_available() else ["later", "simulated"])
     flags = ["--chunk-size", str(2 * BLOCK_SIZE)]
     with (
         LmcacheServer(flags, l1_size_gb=POOL_BYTES / 1e9) as server,
         MessageQueueClient(server.zmq_url, timeout_seconds=30) as mq,
     ):
-        engines = [start(server.zmq_url, random.randrange(1 << 30), seconds) for _ in range(num_engines)]
+        engines = [start(server.zmq_url, copier, seconds) for copier in itertools.islice(copiers, num_engines)]
         try:
             give_up_at = time.monotonic() + seconds + GRACE_SECONDS
             while any(engine.poll() is None for engine in engines):
