@@ -53,6 +53,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seed", help="repeat the run that printed this seed (default: a new one)")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What goes on for as long as it is told may take that much longer."""
+    for item in items:
+        for place, option in {"chaos_vllm/": "--chaos-seconds", "test_soak.py": "--soak-seconds"}.items():
+            if place in item.nodeid:
+                item.add_marker(pytest.mark.timeout(900 + 2 * config.getoption(option)))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small tokenizer with a chat template; needs transformers, not torch."""

@@ -50,7 +50,7 @@ SIGNS_OF_A_BUG = (
 )
 
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(2700)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,6 @@ def start(url: str, copier: str, seconds: float) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=REPOSITORY, env=dict(os.environ), stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.timeout(0)
 def test_engines_side_by_side_neither_stall_nor_read_a_wrong_byte(pytestconfig, capsys):
     long_seconds = pytestconfig.getoption("--soak-seconds")
     seconds = long_seconds or SHORT_SECONDS
