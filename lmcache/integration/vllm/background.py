@@ -108,7 +108,8 @@ class BackgroundStores:
                 if not job.num_later_steps:
                     job.fence = fence
                 job.num_later_steps += 1
-            self._changed.notify()
+            if self._jobs and not self._jobs[0].is_gated:  # else the thread would be woken up beside the launch for nothing
+                self._changed.notify()
 
     @property
     def done_up_to(self) -> int:
