@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from lmcache.integration.vllm.steps import StepReport
+from lmcache.layout import KVLayout
 
 BLOCK_SIZE = 4
 BLOCK_BYTES = 16
 NUM_LAYERS = 2
+CHUNK_SIZE = 2 * BLOCK_SIZE
 STEP_TOKENS = 3 * BLOCK_SIZE
+LAYOUT = KVLayout(num_layers=NUM_LAYERS, num_planes=1, block_bytes=BLOCK_BYTES, block_size=BLOCK_SIZE, dtype="u8")
 
 
 def block_kv(layer, shard, previous, tokens):

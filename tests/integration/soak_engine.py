@@ -20,51 +20,52 @@ from lmcache.client.kvcache import KVCacheClient
 from lmcache.integration.vllm.scheduler import SchedulerHalf
 from lmcache.integration.vllm.worker import WorkerHalf
 from lmcache.keys import Namespace
-from lmcache.layout import KVLayout
 from lmcache.protocol import Noop
 from lmcache.transfer.base import ChunkCopier
 from lmcache.transfer.cuda import CudaCopier
 from tests.integration.later_copier import LaterCopier
-from tests.integration.simulated_engine import BLOCK_BYTES, BLOCK_SIZE, NUM_LAYERS, SimEngine, SimRequest
+from tests.integration.simulated_engine import BLOCK_BYTES, LAYOUT, NUM_LAYERS, SimEngine, SimRequest
 from tests.transfer.simulated_cuda import Driver, simulate
 
-KINDS = ("engine-worker", "engine-scheduler")
 NUM_BLOCKS = 256
 NUM_RUNNING = 12
 NUM_STEMS, STEM_TOKENS = 60, 64
 STAGING_BYTES = 1 << 20
 STALL_SECONDS = 5.0
-LAYOUT = KVLayout(num_layers=NUM_LAYERS, num_planes=1, block_bytes=BLOCK_BYTES, block_size=BLOCK_SIZE, dtype="u8")
 
 
-def make_copier(kind: str, planes: list[torch.Tensor]) -> ChunkCopier:
+def make_copier(name: str, planes: list[torch.Tensor]) -> ChunkCopier:
     """Return the copier of that name."""
-    if kind == "later":
+    if name == "later":
         return LaterCopier(LAYOUT, planes, pause_seconds=1e-3)
-    if kind == "simulated":
+    if name == "simulated":
         driver = Driver()
         driver.calls = deque(maxlen=1)
         simulate(pytest.MonkeyPatch(), driver)
-    return CudaCopier(LAYOUT, planes, STAGING_BYTES, uses_triton=None if kind == "gpu" else False)
+    return CudaCopier(LAYOUT, planes, STAGING_BYTES, uses_triton=None if name == "gpu" else False)
+
+
+def client(url: str, kind: str) -> KVCacheClient:
+    """Return one that is connected: unlike vLLM's class, nothing here takes a lookup that cannot be sent at once for a miss."""
+    connected = KVCacheClient(url, kind=kind, timeout_seconds=30, heartbeat=True)
+    connected.attach()
+    connected.mq.call(Noop())
+    return connected
 
 
 class Soak:
     """The engine, and what has become of its requests."""
 
-    def __init__(self, url: str, seed: int, kind: str) -> None:
+    def __init__(self, url: str, seed: int, copier: str) -> None:
         self.generator = random.Random(seed)
         self.counts = {"requests": 0, "aborted": 0, "preempted": 0, "steps": 0, "stalls": 0}
         self.slowest_step = 0.0
         self._name = f"s{seed}"
-        clients = [KVCacheClient(url, kind=kind, timeout_seconds=30, heartbeat=True) for kind in KINDS]
-        for client in clients:
-            client.attach()
-            client.mq.call(Noop())  # nothing here takes a request that cannot be sent at once for a miss, as vLLM's class does
-        self._worker, self._scheduler = WorkerHalf(clients[0]), SchedulerHalf(clients[1])
+        self._worker, self._scheduler = WorkerHalf(client(url, "engine-worker")), SchedulerHalf(client(url, "engine-scheduler"))
         shape = (NUM_BLOCKS, BLOCK_BYTES)
-        device = "cuda" if kind == "gpu" else "cpu"
+        device = "cuda" if copier == "gpu" else "cpu"
         planes = [torch.full(shape, 0xEE, dtype=torch.uint8, device=device) for _ in range(NUM_LAYERS)]
-        self._worker.start(make_copier(kind, planes), Namespace(model="soak", layout=LAYOUT.fingerprint, chunk_size=0))
+        self._worker.start(make_copier(copier, planes), Namespace(model="soak", layout=LAYOUT.fingerprint, chunk_size=0))
         self._scheduler.hear([self._worker.hello])
         self.engine = SimEngine(self._scheduler, [self._worker], [planes], lag=1)
 
@@ -102,8 +103,8 @@ class Soak:
 
 def main() -> None:
     """Go on for so long, then let what runs come to its end."""
-    url, seed, seconds, kind = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-    soak = Soak(url, seed, kind)
+    url, seed, seconds, copier = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+    soak = Soak(url, seed, copier)
     end_at = time.monotonic() + seconds
     while time.monotonic() < end_at or soak.engine.has_work:
         if time.monotonic() < end_at and len(soak.engine.running) + len(soak.engine.waiting) < NUM_RUNNING:

@@ -33,7 +33,6 @@ from lmcache.integration.vllm.steps import (  # noqa: E402
 from lmcache.integration.vllm.utils import ConnectorConfig  # noqa: E402
 from lmcache.integration.vllm.worker import DEFAULT_CONFIG, IDLE_LEAD_BYTES, LEAD_BYTES, WorkerHalf  # noqa: E402
 from lmcache.keys import KEY_BYTES, Namespace, chunk_keys, split_keys  # noqa: E402
-from lmcache.layout import KVLayout  # noqa: E402
 from lmcache.pool import KEPT_SECONDS, PoolView  # noqa: E402
 from lmcache.protocol import Clear, EndSession, Evict  # noqa: E402
 from lmcache.transfer.base import StuckTransferError  # noqa: E402
@@ -44,6 +43,8 @@ from tests.integration.later_copier import LaterCopier, LaterTransfer  # noqa: E
 from tests.integration.simulated_engine import (  # noqa: E402
     BLOCK_BYTES,
     BLOCK_SIZE,
+    CHUNK_SIZE,
+    LAYOUT,
     NUM_LAYERS,
     STEP_TOKENS,
     SimEngine,
@@ -51,10 +52,6 @@ from tests.integration.simulated_engine import (  # noqa: E402
     expected_kv,
 )
 from tests.server_process import LmcacheServer  # noqa: E402
-
-CHUNK_SIZE = 2 * BLOCK_SIZE
-LAYOUT = KVLayout(num_layers=NUM_LAYERS, num_planes=1, block_bytes=BLOCK_BYTES, block_size=BLOCK_SIZE, dtype="u8")
-
 
 # The last one is none: what is pinned stays.
 FAULTS = ["lost", "fewer", "stale", "taken before the copy", "taken after the copy", "others taken after the copy"]

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="needs torch: make setup-vllm")
 
 from lmcache.client.mq import MessageQueueClient  # noqa: E402
 from lmcache.protocol import Clear, Status  # noqa: E402
-from tests.integration.simulated_engine import BLOCK_SIZE  # noqa: E402
+from tests.integration.simulated_engine import CHUNK_SIZE  # noqa: E402
 from tests.server_process import LmcacheServer  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def test_engines_side_by_side_neither_stall_nor_read_a_wrong_byte(pytestconfig, 
     seconds = long_seconds or SHORT_SECONDS
     num_engines = pytestconfig.getoption("--soak-engines") if long_seconds else SHORT_ENGINES
     copiers = itertools.cycle(["gpu"] if torch.cuda.is_available() else ["later", "simulated"])
-    flags = ["--chunk-size", str(2 * BLOCK_SIZE)]
+    flags = ["--chunk-size", str(CHUNK_SIZE)]
     with (
         LmcacheServer(flags, l1_size_gb=POOL_BYTES / 1e9) as server,
         MessageQueueClient(server.zmq_url, timeout_seconds=30) as mq,
