@@ -97,6 +97,13 @@ def engine_env(name: str, log_dir: Path) -> dict[str, str]:
     return {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CACHE_ROOT": f"{os.environ.get('VLLM_CACHE_ROOT', log_dir)}/{name}"}
 
 
+def start_both(ours: Engine, plain: Engine, stack: ExitStack) -> None:
+    """Start both side by side, until the end of `stack`; each has answered once on return."""
+    with ThreadPoolExecutor(2) as pool:
+        for engine in pool.map(stack.enter_context, (ours, plain)):
+            engine.ask(make_prompt("warm up", 512), 16)
+
+
 def tpot_ms(answer: Answer) -> float:
     """Return the time of each output token after the first."""
     return (answer.ended_at - answer.first_token_at) * 1e3 / max(1, answer.output_tokens - 1)

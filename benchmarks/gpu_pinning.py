@@ -21,7 +21,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ import psutil
 import torch
 from common import free_port, percentile, report, server, wait_resident
 from engines import REQUEST_SECONDS, Engine, end_on_sigterm, make_prompt, stream, transfer_flags
-from gpu_engine import engine_env, make_parser
+from gpu_engine import engine_env, make_parser, start_both
 from pins import GIB, pinned_pool
 
 from lmcache.client.kvcache import KVCacheClient
@@ -264,9 +263,7 @@ def main() -> None:
             Engine(name, args.model, folder, [*flags, *more], engine_env(name, folder))
             for name, more in (("ours", transfer_flags(f"tcp://127.0.0.1:{port}")), ("plain", []))
         )
-        with ThreadPoolExecutor(2) as pool:
-            for engine in pool.map(stack.enter_context, (ours, plain)):
-                engine.ask(make_prompt("warm up", PROMPT_TOKENS), 16)
+        start_both(ours, plain, stack)
         latency = measure_latency(ours, port, args.l1_gib, folder)
         first_tokens = measure_first_tokens(ours, plain, port, args.l1_gib)
     has_gpu = torch.cuda.is_available()

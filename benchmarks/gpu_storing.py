@@ -16,7 +16,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch
 from common import report, server
 from connectors import UNSTORED
 from engines import Engine, end_on_sigterm, make_prompt, python_path, transfer_flags
-from gpu_engine import IDLE_SECONDS, OUTPUT_TOKENS, Cache, engine_env, make_parser, tpot_ms
+from gpu_engine import IDLE_SECONDS, OUTPUT_TOKENS, Cache, engine_env, make_parser, start_both, tpot_ms
 
 from lmcache.client.mq import MessageQueueClient
 
@@ -79,9 +78,7 @@ def main() -> None:
             Engine(name, args.model, folder, [*flags, *more], {**engine_env(name, folder), "PYTHONPATH": path})
             for name, more in (("ours", selective), ("plain", []))
         )
-        with ThreadPoolExecutor(2) as pool:
-            for engine in pool.map(stack.enter_context, (ours, plain)):
-                engine.ask(make_prompt("warm up", 512), 16)
+        start_both(ours, plain, stack)
         engines = {"stored": ours, UNSTORED: ours, "plain": plain}
         figures = {}
         for length in args.lengths:
