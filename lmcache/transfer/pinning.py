@@ -29,8 +29,10 @@ from lmcache.transfer.driver import CudaDriver, CudaError
 logger = init_logger(__name__)
 
 # An H100's host pins a GiB in 0.06 s once this process has it in its page table; entering it there takes one thread 0.14 s, so
-# several do that first, some pieces ahead. A piece takes the driver 2 ms, which vLLM's launches mostly have to spare.
+# several do that first, some pieces ahead. A piece takes the driver 2 ms, which vLLM's launches mostly have to spare. Where
+# nothing is computed, two at once: 64 GiB in 4.5 s instead of 5.25, beside an engine a token 4 % longer instead of 1 (H200).
 PIECE_BYTES = 32 << 20
+IDLE_PIECES = 2
 STEP_BYTES = 4 << 20
 MAX_THREADS = 8
 PIECES_AHEAD = 64
@@ -74,6 +76,7 @@ class PoolPinner:
         self._num_pieces = -(-num_bytes // piece_bytes)
         self._num_pinned = 0
         self._num_failed = 0
+        self._firsts: list[int] = []  # of the pieces that the driver was given at once
         self._stop = threading.Event()
         self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "lmcache-populate")
         self._thread = threading.Thread(target=self._pin_all, name="lmcache-pin", daemon=True)
@@ -85,12 +88,12 @@ class PoolPinner:
     @property
     def pinned_bytes(self) -> int:
         """How much is pinned by now."""
-        return min(self._num_pinned * self._piece_bytes, self._num_bytes)
+        return self._offset(self._num_pinned)
 
     @property
     def unpinned_bytes(self) -> int:
         """How much could not be pinned."""
-        return self._num_bytes - min((self._num_pieces - self._num_failed) * self._piece_bytes, self._num_bytes)
+        return self._num_bytes - self._offset(self._num_pieces - self._num_failed)
 
     @property
     def is_done(self) -> bool:
@@ -129,28 +132,30 @@ class PoolPinner:
             self._thread.join(timeout=CLOSE_SECONDS)
         try:
             self._driver.use_context(self._context)
-            while self._num_pinned:
-                self._num_pinned -= 1
+            while self._firsts:
+                self._num_pinned = self._firsts.pop()
                 with self._resting(UNPIN_REST_RATIO, time.sleep):
-                    self._driver.unregister(self._address + self._num_pinned * self._piece_bytes)
+                    self._driver.unregister(self._address + self._offset(self._num_pinned))
         except CudaError as exc:
             logger.debug("unpinning the pool: %s", exc)
 
     def _piece_at(self, address: int) -> int:
         return (address - self._address) // self._piece_bytes
 
-    def _length(self, index: int) -> int:
-        return min(self._piece_bytes, self._num_bytes - index * self._piece_bytes)
+    def _offset(self, index: int) -> int:
+        return min(index * self._piece_bytes, self._num_bytes)
 
     def _entered(self) -> Iterator[int]:
-        """Yield the pieces in their order, each once it is resident and entered in the page table, until we are closed."""
+        """Yield below which piece all are resident and entered in the page table, when they are due, until we are closed."""
         next_piece = 0
         while next_piece < self._num_pieces and not self._stop.is_set():
             window = range(next_piece, min(next_piece + PIECES_AHEAD, self._num_resident()))
             for index, _ in zip(window, self._threads.map(self._enter, window), strict=True):
                 if self._stop.is_set():
                     return
-                yield index
+                is_due = self._is_computing() or (index + 1) % IDLE_PIECES == 0
+                if is_due or index == window[-1]:
+                    yield index + 1
             next_piece += len(window)
             if not window:
                 self._stop.wait(RESIDENT_POLL_SECONDS)
@@ -163,12 +168,17 @@ class PoolPinner:
     def _enter(self, index: int) -> None:
         """Enter a piece in the page table; where that fails, pinning says why, or does it slower."""
         if not self._stop.is_set():
-            advise(self._address + index * self._piece_bytes, self._length(index), MADV_POPULATE_WRITE, STEP_BYTES)
+            start, end = self._offset(index), self._offset(index + 1)
+            advise(self._address + start, end - start, MADV_POPULATE_WRITE, STEP_BYTES)
 
-    def _pin(self, index: int) -> None:
+    def _pin_below(self, num_pieces: int) -> None:
+        """Pin all pieces below that are not pinned yet."""
+        first = self._num_pinned
+        start, end = self._offset(first), self._offset(num_pieces)
         with self._resting(PIN_REST_RATIO, self._stop.wait):
-            self._driver.register(self._address + index * self._piece_bytes, self._length(index))
-            self._num_pinned += 1
+            self._driver.register(self._address + start, end - start)
+            self._firsts.append(first)
+            self._num_pinned = num_pieces
 
     @contextmanager
     def _resting(self, ratio: float, rest: Callable[[float], object]) -> Iterator[None]:
@@ -186,8 +196,8 @@ class PoolPinner:
         told_at = time.monotonic()
         try:
             self._driver.use_context(self._context)
-            for index in self._entered():
-                self._pin(index)
+            for num_pieces in self._entered():
+                self._pin_below(num_pieces)
                 if time.monotonic() - told_at >= PROGRESS_SECONDS:
                     told_at = time.monotonic()
                     done_bytes, whole = self.pinned_bytes, self._num_bytes

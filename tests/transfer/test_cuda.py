@@ -249,7 +249,7 @@ def test_a_transfer_that_does_not_end_is_an_error_at_its_deadline():
 
 def test_the_pool_is_pinned_in_pieces_and_copied_across_their_borders():
     pool = memoryview(mmap.mmap(-1, 10 * MIB))
-    pinner = PoolPinner(driver(), driver().current_context(), address_of(pool), len(pool), piece_bytes=4 * MIB)
+    pinner = PoolPinner(driver(), driver().current_context(), address_of(pool), len(pool), piece_bytes=2 * MIB)
     pinner.start()
     wait_until_pinned(pinner)
     try:
@@ -266,7 +266,7 @@ def test_the_pool_is_pinned_in_pieces_and_copied_across_their_borders():
 
 
 class PartlyPinning:
-    """The real driver, but for a limit: only the first piece can be pinned."""
+    """The real driver, but for a limit: only the first pieces can be pinned."""
 
     def __init__(self):
         self._num_pinned = 0
@@ -284,7 +284,7 @@ class PartlyPinning:
 def test_a_pool_of_which_only_a_part_can_be_pinned_is_copied_right_and_counted():
     pool = memoryview(mmap.mmap(-1, 10 * MIB))
     limited = PartlyPinning()
-    pinner = PoolPinner(limited, limited.current_context(), address_of(pool), len(pool), piece_bytes=4 * MIB)
+    pinner = PoolPinner(limited, limited.current_context(), address_of(pool), len(pool), piece_bytes=2 * MIB)
     pinner.start()
     pinner._thread.join(timeout=30)
     try:

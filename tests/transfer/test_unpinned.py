@@ -15,7 +15,7 @@ from lmcache.keys import Namespace  # noqa: E402
 from lmcache.layout import KVLayout  # noqa: E402
 from lmcache.transfer.base import StuckTransferError  # noqa: E402
 from lmcache.transfer.cuda import CudaCopier  # noqa: E402
-from lmcache.transfer.pinning import PoolPinner  # noqa: E402
+from lmcache.transfer.pinning import IDLE_PIECES, PoolPinner  # noqa: E402
 from tests.chaos.waiting import wait_until  # noqa: E402
 from tests.cli.conftest import Cli  # noqa: E402
 from tests.cli.test_describe import fields  # noqa: E402
@@ -28,7 +28,8 @@ MIB = 1 << 20
 NUM_LAYERS, NUM_BLOCKS, BLOCK_BYTES, BLOCKS_PER_CHUNK = 4, 64, 64 << 10, 16
 LAYOUT = KVLayout(num_layers=NUM_LAYERS, num_planes=1, block_bytes=BLOCK_BYTES, block_size=16, dtype="uint8")
 CHUNK_BYTES = NUM_LAYERS * BLOCKS_PER_CHUNK * BLOCK_BYTES
-PIECE_BYTES = 6 * MIB
+PIECE_BYTES = 3 * MIB
+PINNED_AT_ONCE = IDLE_PIECES * PIECE_BYTES
 POOL_BYTES = 64 * MIB
 
 
@@ -91,8 +92,8 @@ def metric(server, name):
 @pytest.mark.parametrize(
     ("may_pin", "pinned_bytes"),
     [
-        pytest.param(lambda number: number < 1, PIECE_BYTES, id="all but the first piece"),
-        pytest.param(lambda number: number < 2, 2 * PIECE_BYTES, id="some pieces"),
+        pytest.param(lambda number: number < 1, PINNED_AT_ONCE, id="all but the first pieces"),
+        pytest.param(lambda number: number < 2, 2 * PINNED_AT_ONCE, id="some pieces"),
         pytest.param(lambda number: False, 0, id="every piece"),
     ],
 )
