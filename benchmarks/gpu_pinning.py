@@ -2,7 +2,8 @@
 
 A vLLM with our connector runs without a cache server. While it answers one long request a server is started, whose pool the
 engine then maps and pins in the background. Inter-token latency before, meanwhile and after: it grows with the context, so
-meanwhile it should be at most 3 % above the mean of before and after. How long it takes until the server has made the pool
+meanwhile it should be at most 3 % above the mean of before and after; meanwhile the server makes the pool's memory resident,
+and once it has the engine only pins. How long it takes until the server has made the pool
 resident, and until the engine has pinned it. Then the server ends, and the engine lets go of that pool: latency meanwhile. When
 its memory is free again the server is started once more while short prompts are asked for, one after the other: TTFT without a
 server, while the pool is pinned, and afterwards, each beside that of a plain vLLM on the same GPU, the two taking turns, as the
@@ -165,6 +166,8 @@ def measure_latency(engine: Engine, port: int, l1_gib: float, folder: Path) -> d
     figures: dict[str, Any] = {
         "before": clock.latencies_ms(began_at, pool.started_at),
         "meanwhile": clock.latencies_ms(pool.started_at, ended_at),
+        "meanwhile_until_resident": clock.latencies_ms(pool.started_at, pool.resident_at or ended_at),
+        "meanwhile_once_resident": clock.latencies_ms(pool.resident_at or ended_at, ended_at),
         "after": clock.latencies_ms(ended_at, let_go_at),
         "while_letting_go": clock.latencies_ms(let_go_at, over_at),
         "pinning": pool.figures(),

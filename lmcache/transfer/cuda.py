@@ -68,11 +68,8 @@ class Pinned(Protocol):
     def covers(self, address: int) -> bool:
         """Tell whether the mapping has this address."""
 
-    def is_pinned(self, address: int, num_bytes: int) -> bool:
-        """Tell whether copies of this range are asynchronous and fast."""
-
-    def split(self, address: int, num_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the parts that one copy may cover."""
+    def parts(self, address: int, num_bytes: int) -> Iterator[tuple[int, int, bool]]:
+        """Yield (address, bytes, whether copies are asynchronous and fast) of the parts that one copy may cover."""
 
     def report(self, copied_bytes: int) -> PinReport:
         """Return how much is pinned; `copied_bytes` were copied through what was not."""
@@ -85,13 +82,9 @@ class Pageable:
         """Yes."""
         return True
 
-    def is_pinned(self, address: int, num_bytes: int) -> bool:
-        """No."""
-        return False
-
-    def split(self, address: int, num_bytes: int) -> Iterator[tuple[int, int]]:
+    def parts(self, address: int, num_bytes: int) -> Iterator[tuple[int, int, bool]]:
         """Yield the whole range."""
-        yield address, num_bytes
+        yield address, num_bytes, False
 
     def report(self, copied_bytes: int) -> PinReport:
         """Nothing."""
@@ -524,8 +517,7 @@ class CudaCopier(ChunkCopier):
         """Yield (address, bytes, is pinned) of the copies that the driver takes for ranges of one mapping."""
         mapping = self._mapping_of(starts[0])
         for address, num_bytes in runs(starts, length):
-            for part, part_bytes in mapping.split(address, num_bytes):
-                yield part, part_bytes, mapping.is_pinned(part, part_bytes)
+            yield from mapping.parts(address, num_bytes)
 
     def flat_copier(self, memory: torch.Tensor, extents: Sequence[Extent]) -> Callable[[bool], CudaTransfer]:
         """Return what hands the copy engine plain copies between contiguous memory and extents, all of one length."""

@@ -14,6 +14,7 @@ import os
 import resource
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,13 +30,13 @@ from lmcache.transfer.driver import CudaDriver, CudaError
 logger = init_logger(__name__)
 
 # An H100's host pins a GiB in 0.06 s once this process has it in its page table; entering it there takes one thread 0.14 s, so
-# several do that first, some pieces ahead. A piece takes the driver 2 ms, which vLLM's launches mostly have to spare. Where
-# nothing is computed, two at once: 64 GiB in 4.5 s instead of 5.25, beside an engine a token 4 % longer instead of 1 (H200).
-PIECE_BYTES = 32 << 20
-IDLE_PIECES = 2
+# several do that first, some pieces ahead. 32 MiB take the driver 2 to 2.7 ms, more than vLLM's launches have to spare on some
+# hosts: there a token took 4 % longer (H200). So beside an engine it gets one piece at a time, and more where none computes.
+PIECE_BYTES = 16 << 20
+IDLE_PIECES = 4
 STEP_BYTES = 4 << 20
 MAX_THREADS = 8
-PIECES_AHEAD = 64
+PIECES_AHEAD = 128
 RESIDENT_POLL_SECONDS = 0.02
 # While an engine computes, the driver is left to it for so many times as long as a piece has taken. Then pinning takes 1 s a
 # GiB, and a token 2 % longer. Unpinned memory should soon be free: 0.5 to 1 s a GiB, though a token takes 14 % longer.
@@ -74,9 +75,8 @@ class PoolPinner:
         self._is_computing = is_computing
         self._piece_bytes = piece_bytes
         self._num_pieces = -(-num_bytes // piece_bytes)
-        self._num_pinned = 0
+        self._ends: list[int] = []  # how many pieces were pinned, each time that the driver had pinned some
         self._num_failed = 0
-        self._firsts: list[int] = []  # of the pieces that the driver was given at once
         self._stop = threading.Event()
         self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "lmcache-populate")
         self._thread = threading.Thread(target=self._pin_all, name="lmcache-pin", daemon=True)
@@ -109,21 +109,24 @@ class PoolPinner:
             unpinned_copied_bytes=copied_bytes,
         )
 
-    def is_pinned(self, address: int, num_bytes: int) -> bool:
-        """Tell whether all of a range of the mapping is pinned."""
-        return self._piece_at(address + num_bytes - 1) < self._num_pinned
-
     def covers(self, address: int) -> bool:
         """Tell whether the mapping has this address."""
         return self._address <= address < self._address + self._num_bytes
 
-    def split(self, address: int, num_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield a range in parts that lie in one piece each: the driver refuses copies across two."""
+    def parts(self, address: int, num_bytes: int) -> Iterator[tuple[int, int, bool]]:
+        """Yield (address, bytes, whether it is pinned) of a range, cut where the driver refuses copies across.
+
+        That is between what was pinned at once, and between pieces that are not pinned: they may be, until they are copied.
+        """
         end = address + num_bytes
         while address < end:
-            piece_end = self._address + (self._piece_at(address) + 1) * self._piece_bytes
-            yield address, min(end, piece_end) - address
-            address = piece_end
+            piece, num_ends = (address - self._address) // self._piece_bytes, len(self._ends)
+            at = bisect_right(self._ends, piece, 0, num_ends)
+            is_pinned = at < num_ends
+            next_piece = self._ends[at] if is_pinned else piece + 1
+            part_end = min(end, self._address + next_piece * self._piece_bytes)
+            yield address, part_end - address, is_pinned
+            address = part_end
 
     def close(self) -> None:
         """Unpin everything; no copy may be under way. Never raises."""
@@ -132,15 +135,16 @@ class PoolPinner:
             self._thread.join(timeout=CLOSE_SECONDS)
         try:
             self._driver.use_context(self._context)
-            while self._firsts:
-                self._num_pinned = self._firsts.pop()
+            while self._ends:
+                self._ends.pop()
                 with self._resting(UNPIN_REST_RATIO, time.sleep):
                     self._driver.unregister(self._address + self._offset(self._num_pinned))
         except CudaError as exc:
             logger.debug("unpinning the pool: %s", exc)
 
-    def _piece_at(self, address: int) -> int:
-        return (address - self._address) // self._piece_bytes
+    @property
+    def _num_pinned(self) -> int:
+        return next(iter(self._ends[-1:]), 0)  # `close` may take the last one meanwhile
 
     def _offset(self, index: int) -> int:
         return min(index * self._piece_bytes, self._num_bytes)
@@ -173,12 +177,10 @@ class PoolPinner:
 
     def _pin_below(self, num_pieces: int) -> None:
         """Pin all pieces below that are not pinned yet."""
-        first = self._num_pinned
-        start, end = self._offset(first), self._offset(num_pieces)
+        start, end = self._offset(self._num_pinned), self._offset(num_pieces)
         with self._resting(PIN_REST_RATIO, self._stop.wait):
             self._driver.register(self._address + start, end - start)
-            self._firsts.append(first)
-            self._num_pinned = num_pieces
+            self._ends.append(num_pieces)
 
     @contextmanager
     def _resting(self, ratio: float, rest: Callable[[float], object]) -> Iterator[None]:

@@ -249,7 +249,7 @@ def test_a_transfer_that_does_not_end_is_an_error_at_its_deadline():
 
 def test_the_pool_is_pinned_in_pieces_and_copied_across_their_borders():
     pool = memoryview(mmap.mmap(-1, 10 * MIB))
-    pinner = PoolPinner(driver(), driver().current_context(), address_of(pool), len(pool), piece_bytes=2 * MIB)
+    pinner = PoolPinner(driver(), driver().current_context(), address_of(pool), len(pool), piece_bytes=1 * MIB)
     pinner.start()
     wait_until_pinned(pinner)
     try:
@@ -284,7 +284,7 @@ class PartlyPinning:
 def test_a_pool_of_which_only_a_part_can_be_pinned_is_copied_right_and_counted():
     pool = memoryview(mmap.mmap(-1, 10 * MIB))
     limited = PartlyPinning()
-    pinner = PoolPinner(limited, limited.current_context(), address_of(pool), len(pool), piece_bytes=2 * MIB)
+    pinner = PoolPinner(limited, limited.current_context(), address_of(pool), len(pool), piece_bytes=1 * MIB)
     pinner.start()
     pinner._thread.join(timeout=30)
     try:

@@ -1,9 +1,11 @@
 """What a GPU's copier does that needs no GPU: cutting transfers into pieces, and keeping count of what is pinned."""
 
 import ctypes
+import itertools
 import mmap
 import threading
 import time
+from bisect import bisect
 
 import pytest
 
@@ -86,7 +88,7 @@ class FakeDriver:
 
 def pinner_for(driver, num_bytes):
     pool = memoryview(mmap.mmap(-1, num_bytes))
-    return pool, PoolPinner(driver, "context", address_of(pool), num_bytes, piece_bytes=4 * MIB)
+    return pool, PoolPinner(driver, "context", address_of(pool), num_bytes, piece_bytes=2 * MIB)
 
 
 def wait_until(condition):
@@ -108,12 +110,7 @@ def test_the_pool_is_pinned_lowest_offsets_first_and_nothing_stays_pinned():
     wait_until_done(pinner)
     assert driver.registered == {start: 8 * MIB, start + 8 * MIB: 2 * MIB}
     assert (pinner.pinned_bytes, pinner.unpinned_bytes) == (10 * MIB, 0)
-    assert pinner.is_pinned(start + 3 * MIB, 6 * MIB)
-    assert list(pinner.split(start + 3 * MIB, 6 * MIB)) == [
-        (start + 3 * MIB, MIB),
-        (start + 4 * MIB, 4 * MIB),
-        (start + 8 * MIB, MIB),
-    ]
+    assert list(pinner.parts(start + 3 * MIB, 6 * MIB)) == [(start + 3 * MIB, 5 * MIB, True), (start + 8 * MIB, MIB, True)]
     pinner.close()
     assert not driver.registered
 
@@ -182,15 +179,35 @@ def test_the_driver_gets_one_piece_at_a_time_while_an_engine_computes_and_more_w
     driver, computes = FakeDriver(), iter([True] * 3)  # asked for each piece, and after what is pinned
     pool = memoryview(mmap.mmap(-1, 32 * MIB))
     start = address_of(pool)
-    pinner = PoolPinner(driver, "context", start, len(pool), is_computing=lambda: next(computes, False), piece_bytes=4 * MIB)
+    pinner = PoolPinner(driver, "context", start, len(pool), is_computing=lambda: next(computes, False), piece_bytes=2 * MIB)
     pinner.start()
     wait_until_done(pinner)
     lengths = {(address - start) // MIB: num_bytes // MIB for address, num_bytes in driver.registered.items()}
-    assert lengths == {0: 4, 4: 4, 8: 8, 16: 8, 24: 8}
-    assert pinner.is_pinned(start, 32 * MIB)
+    assert lengths == {0: 2, 2: 2, 4: 4, 8: 8, 16: 8, 24: 8}
+    assert list(pinner.parts(start, 20 * MIB)) == [
+        (start, 2 * MIB, True),
+        (start + 2 * MIB, 2 * MIB, True),
+        (start + 4 * MIB, 4 * MIB, True),
+        (start + 8 * MIB, 8 * MIB, True),
+        (start + 16 * MIB, 4 * MIB, True),
+    ]
     pinner.close()
     assert not driver.registered
     assert pinner.pinned_bytes == 0
+
+
+@given(st.lists(st.integers(1, 5), max_size=6), st.integers(0, 40 * 7 - 1), st.data())
+def test_a_range_is_cut_where_it_leaves_what_was_pinned_at_once_or_a_piece_that_is_not_pinned(at_once, start, data):
+    num_bytes = data.draw(st.integers(1, 40 * 7 - start))
+    pinner = PoolPinner(None, "context", 1000, 40 * 7, piece_bytes=7)
+    pinner._ends = ends = list(itertools.accumulate(at_once))
+    seen = []
+    for address, length, is_pinned in pinner.parts(1000 + start, num_bytes):
+        first, last = (address - 1000) // 7, (address + length - 1 - 1000) // 7
+        assert is_pinned == (last < pinner._num_pinned)
+        assert bisect(ends, first) == bisect(ends, last) if is_pinned else first == last
+        seen += range(address - 1000, address - 1000 + length)
+    assert seen == list(range(start, start + num_bytes))
 
 
 def test_closing_does_not_wait_for_the_drivers_rest(monkeypatch):
@@ -228,8 +245,7 @@ def test_what_cannot_be_pinned_is_counted_and_told_once_with_the_likely_cause(ca
     wait_until_done(pinner)
     pinner._thread.join(timeout=30)
     assert (pinner.pinned_bytes, pinner.unpinned_bytes) == (8 * MIB, 2 * MIB)
-    assert pinner.is_pinned(start, 8 * MIB)
-    assert not pinner.is_pinned(start + 7 * MIB, 2 * MIB)
+    assert list(pinner.parts(start + 7 * MIB, 2 * MIB)) == [(start + 7 * MIB, MIB, True), (start + 8 * MIB, MIB, False)]
     (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "0.00 of 0.01 GiB of the pool cannot be pinned" in told
     assert "hint: " in told
