@@ -9,10 +9,11 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -145,9 +146,24 @@ def read_stamps(path: Path, answers: Mapping[str, Answer]) -> dict[str, dict[str
     return merged
 
 
+def start_side_by_side(engines: Iterable[Engine], stack: ExitStack) -> None:
+    """Start engines that are healthy on return, and end with `stack`; one that is told to end meanwhile waits for none."""
+    engines = list(engines)
+    for engine in engines:
+        stack.callback(engine.close)
+        engine.launch()
+    for engine in engines:
+        engine.wait_until_healthy()
+
+
 def end_on_sigterm() -> None:
-    """Make SIGTERM end this process as Ctrl-C does: with the engines that it has started."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Make SIGTERM end this process as Ctrl-C does: with the engines that it has started. Another one changes nothing."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def idle_load(engines: list[Engine], seconds: float = 2.0) -> float:
@@ -173,6 +189,7 @@ __all__ = [
     "make_tiny_model",
     "python_path",
     "read_stamps",
+    "start_side_by_side",
     "stream",
     "transfer_config",
     "transfer_flags",

@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 from common import percentile, report, server
-from engines import REQUEST_SECONDS, Answer, Engine, end_on_sigterm, make_prompt, transfer_flags
+from engines import REQUEST_SECONDS, Answer, Engine, end_on_sigterm, make_prompt, start_side_by_side, transfer_flags
 
 from lmcache.client.mq import MessageQueueClient
 from lmcache.protocol import Clear, Status
@@ -99,9 +99,9 @@ def engine_env(name: str, log_dir: Path) -> dict[str, str]:
 
 def start_both(ours: Engine, plain: Engine, stack: ExitStack) -> None:
     """Start both side by side, until the end of `stack`; each has answered once on return."""
-    with ThreadPoolExecutor(2) as pool:
-        for engine in pool.map(stack.enter_context, (ours, plain)):
-            engine.ask(make_prompt("warm up", 512), 16)
+    start_side_by_side((ours, plain), stack)
+    for engine in (ours, plain):
+        engine.ask(make_prompt("warm up", 512), 16)
 
 
 def tpot_ms(answer: Answer) -> float:
@@ -324,9 +324,8 @@ def main() -> None:
             for name, more in (("ours", transfer_flags(url)), ("plain", []))
         }
         started = time.monotonic()
-        with ThreadPoolExecutor(2) as pool:
-            for engine in pool.map(stack.enter_context, engines.values()):
-                print(f"{engine.name} is healthy after {time.monotonic() - started:.0f} s", flush=True)
+        start_side_by_side(engines.values(), stack)
+        print(f"both are healthy after {time.monotonic() - started:.0f} s", flush=True)
         ours, plain = engines["ours"], engines["plain"]
         memory = gpu_memory_mib()
         held = {name: sum(memory.get(member.pid, 0) for member in engine.members()) for name, engine in engines.items()}

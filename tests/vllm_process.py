@@ -97,7 +97,16 @@ class VllmServer:
         return _group_members(self.group)
 
     def start(self) -> None:
-        """Start the server in a session of its own and return when it is healthy."""
+        """Start the server and return when it is healthy."""
+        self.launch()
+        try:
+            self.wait_until_healthy()
+        except BaseException:
+            self.close()
+            raise
+
+    def launch(self) -> None:
+        """Start the server in a session of its own; `close` ends it."""
         self._scratch = tempfile.TemporaryDirectory(prefix="vllm-")
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -109,11 +118,25 @@ class VllmServer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        try:
-            self._wait_until_healthy(self._process)
-        except BaseException:
-            self.close()
-            raise
+
+    def wait_until_healthy(self) -> None:
+        """Return when it answers.
+
+        Raises: RuntimeError, with the end of its log, where it has ended or takes longer than it may.
+        """
+        process = self._process
+        assert process is not None
+        deadline = time.monotonic() + self._start_seconds
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise RuntimeError(f"vLLM exited with {process.returncode}:\n{self.log_tail()}")
+            try:
+                if httpx.get(f"{self.url}/health", timeout=60).is_success:
+                    return
+            except httpx.TransportError:
+                pass  # not listening yet
+            time.sleep(0.2)
+        raise RuntimeError(f"vLLM not healthy in {self._start_seconds:g} s:\n{self.log_tail()}")
 
     def complete(
         self,
@@ -182,19 +205,6 @@ class VllmServer:
                 return
         left = ", ".join(f"{p.pid} {p.name()}" for p in _group_members(process.pid))
         raise RuntimeError(f"vLLM process group {process.pid} outlived SIGKILL: {left}")
-
-    def _wait_until_healthy(self, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + self._start_seconds
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise RuntimeError(f"vLLM exited with {process.returncode}:\n{self.log_tail()}")
-            try:
-                if httpx.get(f"{self.url}/health", timeout=60).is_success:
-                    return
-            except httpx.TransportError:
-                pass  # not listening yet
-            time.sleep(0.2)
-        raise RuntimeError(f"vLLM not healthy in {self._start_seconds:g} s:\n{self.log_tail()}")
 
 
 def _remove_shared_memory(inodes: set[int]) -> None:
