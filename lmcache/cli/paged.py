@@ -34,7 +34,7 @@ PIN_SECONDS_PER_GIB = 1.0
 PIN_POLL_SECONDS = 0.01
 # A server makes a GiB resident in 0.3 s. One that is short of memory stops.
 GROW_SECONDS = 5.0
-PIN_PIECE_BYTES = 32 << 20  # `transfer.pinning`'s, which cannot be imported without PyTorch
+PIN_PIECE_BYTES = 16 << 20  # `transfer.pinning`'s, which cannot be imported without PyTorch
 PIN_NOTICE_SECONDS = 5.0
 GIB = 1 << 30
 

@@ -24,6 +24,7 @@ from lmcache.errors import DeadlineError, LayoutMismatchError, LMCacheError
 from lmcache.layout import KVLayout
 from lmcache.pool import PoolView
 from lmcache.protocol import PinReport
+from lmcache.transfer.launches import LaunchClock
 
 Extent = memoryview
 # Of the device, for each rank: two slots of 32 MiB for each direction.
@@ -139,11 +140,11 @@ class ChunkCopier(ABC):
     def protect_blocks(self) -> None:  # noqa: B027 - nothing to do where stores are done on return
         """Let what the device is given next wait until blocks that stores are reading have been read."""
 
-    def pin_pool(self, view: PoolView, is_computing: Callable[[], bool] = lambda: False) -> Callable[[], None]:
+    def pin_pool(self, view: PoolView, launches: LaunchClock | None = None) -> Callable[[], None]:
         """Prepare a mapped pool for copies, in the background; return how to undo that before it is unmapped.
 
         Args:
-            is_computing: tells whether an engine is at work that should not be held up.
+            launches: those of an engine that should not be held up.
         """
         return lambda: None
 

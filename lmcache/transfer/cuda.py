@@ -44,6 +44,7 @@ from lmcache.transfer.base import (
 )
 from lmcache.transfer.driver import CudaDriver, driver
 from lmcache.transfer.kernels import SKIPPED, BlockMover
+from lmcache.transfer.launches import LaunchClock
 from lmcache.transfer.pinning import PoolPinner, address_of
 
 # In each direction: one is on the wire while the kernel works on the other. Four of half the size were no faster (H100).
@@ -305,10 +306,10 @@ class CudaCopier(ChunkCopier):
         """Let a thread work on this device, also while the engine records CUDA graphs."""
         return functools.partial(self._driver.use_context, self._context)
 
-    def pin_pool(self, view: PoolView, is_computing: Callable[[], bool] = lambda: False) -> Callable[[], None]:
+    def pin_pool(self, view: PoolView, launches: LaunchClock | None = None) -> Callable[[], None]:
         """Pin a mapped pool in the background; any thread."""
         address, num_bytes = address_of(view.data), view.data.nbytes
-        pinner = PoolPinner(self._driver, self._context, address, num_bytes, lambda: view.resident_bytes, is_computing)
+        pinner = PoolPinner(self._driver, self._context, address, num_bytes, lambda: view.resident_bytes, launches)
         pinner.start()
         with self._changing_mappings:
             self.mappings = (*self.mappings, pinner)

@@ -4,7 +4,8 @@ Comes in: the mapping of one attachment to a server. Goes out: which of its byte
 is not pinned, yet or at all, is copied all the same, slower and counted; that is told once, with the likely cause.
 
 The engine goes on meanwhile, so each step is short: entering pages in the page table keeps all other threads of the process
-from mapping memory, and while the driver pins, nothing can be launched. And no page is touched here first: that would take far
+from mapping memory, and while the driver pins, nothing can be launched. So it pins while the engine waits for its device, right
+after a step has been launched. And no page is touched here first: that would take far
 longer, and the kernel would count it as the engine's memory instead of the server's.
 """
 
@@ -26,6 +27,7 @@ from lmcache.log import init_logger
 from lmcache.pages import MADV_POPULATE_WRITE, advise
 from lmcache.protocol import PinReport
 from lmcache.transfer.driver import CudaDriver, CudaError
+from lmcache.transfer.launches import LaunchClock
 
 logger = init_logger(__name__)
 
@@ -38,6 +40,8 @@ STEP_BYTES = 4 << 20
 MAX_THREADS = 8
 PIECES_AHEAD = 128
 RESIDENT_POLL_SECONDS = 0.02
+# Steps that take longer to come wait for the device.
+MAX_GAP_SECONDS = 0.05
 # While an engine computes, the driver is left to it for so many times as long as a piece has taken. Then pinning takes 1 s a
 # GiB, and a token 2 % longer. Unpinned memory should soon be free: 0.5 to 1 s a GiB, though a token takes 14 % longer.
 PIN_REST_RATIO = 9
@@ -54,7 +58,7 @@ class PoolPinner:
         driver, context: of the device whose copies want it. A context is the process's, so any thread may use it.
         address, num_bytes: the mapping; it outlives this object's `close`.
         resident_bytes: tells how much of it is resident, from its start on; None where all of it may be touched.
-        is_computing: tells whether an engine is at work that should not be held up.
+        launches: those of an engine that should not be held up.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class PoolPinner:
         address: int,
         num_bytes: int,
         resident_bytes: Callable[[], int] | None = None,
-        is_computing: Callable[[], bool] = lambda: False,
+        launches: LaunchClock | None = None,
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
         self._driver = driver
@@ -72,7 +76,7 @@ class PoolPinner:
         self._address = address
         self._num_bytes = num_bytes
         self._resident_bytes = resident_bytes or (lambda: num_bytes)
-        self._is_computing = is_computing
+        self._launches = launches or LaunchClock()
         self._piece_bytes = piece_bytes
         self._num_pieces = -(-num_bytes // piece_bytes)
         self._ends: list[int] = []  # how many pieces were pinned, each time that the driver had pinned some
@@ -137,7 +141,7 @@ class PoolPinner:
             self._driver.use_context(self._context)
             while self._ends:
                 self._ends.pop()
-                with self._resting(UNPIN_REST_RATIO, time.sleep):
+                with self._beside_engine(UNPIN_REST_RATIO, time.sleep):
                     self._driver.unregister(self._address + self._offset(self._num_pinned))
         except CudaError as exc:
             logger.debug("unpinning the pool: %s", exc)
@@ -157,7 +161,7 @@ class PoolPinner:
             for index, _ in zip(window, self._threads.map(self._enter, window), strict=True):
                 if self._stop.is_set():
                     return
-                is_due = self._is_computing() or (index + 1) % IDLE_PIECES == 0
+                is_due = self._launches.is_computing() or (index + 1) % IDLE_PIECES == 0
                 if is_due or index == window[-1]:
                     yield index + 1
             next_piece += len(window)
@@ -178,16 +182,17 @@ class PoolPinner:
     def _pin_below(self, num_pieces: int) -> None:
         """Pin all pieces below that are not pinned yet."""
         start, end = self._offset(self._num_pinned), self._offset(num_pieces)
-        with self._resting(PIN_REST_RATIO, self._stop.wait):
+        with self._beside_engine(PIN_REST_RATIO, self._stop.wait):
             self._driver.register(self._address + start, end - start)
             self._ends.append(num_pieces)
 
     @contextmanager
-    def _resting(self, ratio: float, rest: Callable[[float], object]) -> Iterator[None]:
-        """Leave the driver to the engine afterwards; from one piece to the next it would let nobody in between."""
+    def _beside_engine(self, ratio: float, rest: Callable[[float], object]) -> Iterator[None]:
+        """Hold up the driver while an engine waits for its device, and leave it to the engine for a while afterwards."""
+        self._launches.wait_for_gap(MAX_GAP_SECONDS)
         started_at = time.monotonic()
         yield
-        if self._is_computing():
+        if self._launches.is_computing():
             rest(ratio * (time.monotonic() - started_at))
 
     def _pin_all(self) -> None:

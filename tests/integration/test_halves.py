@@ -7,6 +7,7 @@ import mmap
 import os
 import pickle
 import random
+import threading
 import time
 from types import SimpleNamespace
 
@@ -21,7 +22,6 @@ from hypothesis import strategies as st  # noqa: E402
 from lmcache.client.kvcache import KVCacheClient  # noqa: E402
 from lmcache.errors import DeadlineError, SpoiledLoadError, StaleReadError, UnreachableError, UsageError  # noqa: E402
 from lmcache.integration.vllm import background  # noqa: E402
-from lmcache.integration.vllm import worker as worker_module  # noqa: E402
 from lmcache.integration.vllm.scheduler import SchedulerHalf  # noqa: E402
 from lmcache.integration.vllm.steps import (  # noqa: E402
     ChunkSpan,
@@ -715,7 +715,7 @@ class PinningCopier(LaterCopier):
         super().__init__(LAYOUT, [torch.zeros(1, BLOCK_BYTES, dtype=torch.uint8) for _ in range(NUM_LAYERS)])
         self.name, self.pinned = name, pinned
 
-    def pin_pool(self, view, is_computing=lambda: False):
+    def pin_pool(self, view, launches=None):
         self.pinned.append(self.name)
         return lambda: self.pinned.remove(self.name)
 
@@ -872,21 +872,26 @@ def a_load_under_way(server, seconds=0.3, bytes_left=0):
         yield setup, plan
 
 
-def test_who_pins_the_pool_is_told_whether_steps_follow_each_other(server, monkeypatch):
-    asks = []
+def test_who_pins_the_pool_is_told_whether_steps_follow_each_other_and_when_one_has_been_launched(server):
+    clocks = []
 
     class PinningCopier(CpuCopier):
-        def pin_pool(self, view, is_computing):
-            asks.append(is_computing)
+        def pin_pool(self, view, launches):
+            clocks.append(launches)
             return lambda: None
 
     with Setup(server, make_copier=PinningCopier) as setup:
-        (is_computing,) = asks
-        assert not is_computing()
+        (launches,) = clocks
+        assert not launches.is_computing()
         setup.worker.begin_step()
-        assert is_computing()
-        monkeypatch.setattr(worker_module, "COMPUTING_SECONDS", 0.0)
-        assert not is_computing()
+        assert launches.is_computing()
+        waiter = threading.Thread(target=launches.wait_for_gap, args=(PATIENCE_SECONDS,))
+        waiter.start()
+        wait_until(lambda: not launches._has_launched.is_set(), "it waits")
+        assert waiter.is_alive()
+        setup.worker.store(StepPlan())
+        waiter.join(PATIENCE_SECONDS)
+        assert not waiter.is_alive()
 
 
 def test_a_load_that_is_nearly_over_is_named_and_the_next_step_waits_for_it(server):

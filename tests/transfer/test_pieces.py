@@ -16,6 +16,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from lmcache.transfer.cuda import cut_first, cut_last, pieces, runs  # noqa: E402
 from lmcache.transfer.driver import CudaError  # noqa: E402
+from lmcache.transfer.launches import LaunchClock  # noqa: E402
 from lmcache.transfer.pinning import PIN_REST_RATIO, UNPIN_REST_RATIO, PoolPinner, address_of  # noqa: E402
 
 MIB = 1 << 20
@@ -162,10 +163,21 @@ class SlowDriver(FakeDriver):
         self.ended.append(time.monotonic())
 
 
+class Engine(LaunchClock):
+    """One that computes, or not, each time that somebody asks; always, unless told."""
+
+    def __init__(self, computes=None):
+        super().__init__()
+        self._computes = computes or itertools.repeat(True)
+
+    def is_computing(self):
+        return next(self._computes, False)
+
+
 def test_beside_an_engine_that_computes_the_driver_rests_after_each_piece():
     driver = SlowDriver()
     pool = memoryview(mmap.mmap(-1, 12 * MIB))
-    pinner = PoolPinner(driver, "context", address_of(pool), len(pool), is_computing=lambda: True, piece_bytes=4 * MIB)
+    pinner = PoolPinner(driver, "context", address_of(pool), len(pool), launches=Engine(), piece_bytes=4 * MIB)
     pinner.start()
     wait_until_done(pinner)
     pinner.close()
@@ -176,10 +188,10 @@ def test_beside_an_engine_that_computes_the_driver_rests_after_each_piece():
 
 
 def test_the_driver_gets_one_piece_at_a_time_while_an_engine_computes_and_more_while_it_is_idle():
-    driver, computes = FakeDriver(), iter([True] * 3)  # asked for each piece, and after what is pinned
+    driver, engine = FakeDriver(), Engine(iter([True] * 5))  # asked for each piece, and before and after what is pinned
     pool = memoryview(mmap.mmap(-1, 32 * MIB))
     start = address_of(pool)
-    pinner = PoolPinner(driver, "context", start, len(pool), is_computing=lambda: next(computes, False), piece_bytes=2 * MIB)
+    pinner = PoolPinner(driver, "context", start, len(pool), launches=engine, piece_bytes=2 * MIB)
     pinner.start()
     wait_until_done(pinner)
     lengths = {(address - start) // MIB: num_bytes // MIB for address, num_bytes in driver.registered.items()}
@@ -194,6 +206,53 @@ def test_the_driver_gets_one_piece_at_a_time_while_an_engine_computes_and_more_w
     pinner.close()
     assert not driver.registered
     assert pinner.pinned_bytes == 0
+
+
+class DriverBesideLaunches(FakeDriver):
+    """Notes whether the engine launched something meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_launching, self.found = False, []
+        self.was_used = threading.Event()
+
+    def register(self, address, num_bytes):
+        self._note()
+        super().register(address, num_bytes)
+
+    def unregister(self, address):
+        super().unregister(address)
+        self._note()
+
+    def _note(self):
+        self.found.append(self.is_launching)
+        self.was_used.set()
+
+
+def test_the_driver_pins_and_unpins_only_while_the_engine_waits_for_its_device(monkeypatch):
+    monkeypatch.setattr("lmcache.transfer.pinning.MAX_GAP_SECONDS", 30.0)
+    monkeypatch.setattr("lmcache.transfer.pinning.PIN_REST_RATIO", 0)
+    monkeypatch.setattr("lmcache.transfer.pinning.UNPIN_REST_RATIO", 0)
+    driver, launches = DriverBesideLaunches(), LaunchClock()
+    pool = memoryview(mmap.mmap(-1, 10 * MIB))
+    pinner = PoolPinner(driver, "context", address_of(pool), len(pool), launches=launches, piece_bytes=2 * MIB)
+    launches.begin_step()
+    pinner.start()
+    closing = threading.Thread(target=pinner.close)
+    for step in range(10):
+        driver.is_launching = True
+        launches.begin_step()
+        if step == 5:
+            closing.start()
+        time.sleep(0.02)
+        driver.is_launching = False
+        driver.was_used.clear()
+        wait_until(lambda: not launches._has_launched.is_set())
+        launches.end_launch()
+        assert driver.was_used.wait(timeout=30)
+    closing.join(timeout=30)
+    assert driver.found == [False] * 10
+    assert not driver.registered
 
 
 @given(st.lists(st.integers(1, 5), max_size=6), st.integers(0, 40 * 7 - 1), st.data())
@@ -215,7 +274,7 @@ def test_closing_does_not_wait_for_the_drivers_rest(monkeypatch):
     monkeypatch.setattr("lmcache.transfer.pinning.UNPIN_REST_RATIO", 0)
     driver = SlowDriver()
     pool = memoryview(mmap.mmap(-1, 12 * MIB))
-    pinner = PoolPinner(driver, "context", address_of(pool), len(pool), is_computing=lambda: True, piece_bytes=4 * MIB)
+    pinner = PoolPinner(driver, "context", address_of(pool), len(pool), launches=Engine(), piece_bytes=4 * MIB)
     pinner.start()
     wait_until(lambda: pinner.pinned_bytes)
     pinner.close()

@@ -326,6 +326,7 @@ class LMCacheMPWorkerAdapter:
     def get_finished(self, finished_request_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Return the ended requests whose blocks may be freed, each once, and the requests whose loads ended in this step."""
         self._half.begin_step()  # of the class's calls this is the one in every step
+        self._half.launches.end_launch()
         loaded_lately = set().union(*self._loaded)
         ended = {id_ for id_ in finished_request_ids if id_ not in self._ended}
         for request_id in ended:

@@ -44,11 +44,11 @@ from lmcache.layout import SUPPORTED_DEVICES, SUPPORTED_KV_GROUPS, KVLayout
 from lmcache.log import RateLimitedLog, init_logger
 from lmcache.protocol import FailureReason, StoreOutcome
 from lmcache.transfer.base import TRANSFER_SECONDS, CancelledTransferError, ChunkCopier, StuckTransferError, Transfer
+from lmcache.transfer.launches import LaunchClock
 
 logger = init_logger(__name__)
 
 CLOSE_SECONDS = 5.0
-COMPUTING_SECONDS = 1.0
 # A step that computes nothing may take so long for a load that is nearly over. Between such steps vLLM pauses for 1 ms; a load
 # that one of them missed cost the first token 1.3 ms more (2k tokens, vLLM 0.32 on a CPU).
 IDLE_LINGER_SECONDS = 2e-3
@@ -126,7 +126,7 @@ class WorkerHalf:
         self._last_load_plan = 0  # handed to the copier
         self._loaded_up_to = 0  # and looked at
         self._reported_loads_up_to = 0
-        self._last_step_at = float("-inf")
+        self.launches = LaunchClock()
         self._log = RateLimitedLog(logger)
         self.hello = WorkerHello(refusal="no KV caches were registered")
 
@@ -179,7 +179,7 @@ class WorkerHalf:
         self.hello = WorkerHello(namespace, copier.layout, copies_later=copier.copies_later, rank=rank, num_ranks=num_ranks)
         self._background = BackgroundStores(self._store_job, copier.prepare_thread()) if copier.copies_later else None
         try:
-            self._client.watch_mapping(lambda view: copier.pin_pool(view, self.is_computing))
+            self._client.watch_mapping(lambda view: copier.pin_pool(view, self.launches))
             self._client.watch_pins(copier.pin_report)
             processes = [token for token in map(process_token, (os.getpid(), os.getppid())) if token]
             reply = self._client.register(
@@ -201,13 +201,9 @@ class WorkerHalf:
             self._background.cancel(preempted)
             self._copier.protect_blocks()
 
-    def is_computing(self) -> bool:
-        """Whether there was a step a moment ago; any thread."""
-        return time.monotonic() - self._last_step_at < COMPUTING_SECONDS
-
     def begin_step(self) -> None:
         """Let what this step computes wait for the loads that were named before it."""
-        self._last_step_at = time.monotonic()
+        self.launches.begin_step()
         for load in self._loading:
             if load.is_named and not load.holds_back:
                 load.transfer.hold_back()
@@ -375,6 +371,7 @@ class WorkerHalf:
         elif plan.stores and self._copier is not None:
             # Also when there is nothing to do for this rank: the scheduler waits until all ranks are past the plan.
             self._background.submit(plan.number, stores, self._copier.fence())
+        self.launches.end_launch()
 
     def store_span(self, span: StoreSpan) -> None:
         """Store one request's chunks, if it is this rank that does; done on return."""
