@@ -4,7 +4,8 @@ A vLLM with our connector, which stores some prompts only (`connectors.py`), and
 nobody has seen, of three kinds in turns: stored, unstored (looked up like any other) and plain. Two processes may launch at two
 speeds for minutes, so what storing costs is told within one: stored beside unstored (wanted: TTFT <= 1.01 x, TPOT of the lone
 request <= 1.03 x). What the lookup and vLLM's own part of a connector cost is unstored beside plain, and says less.
-Last, the shortest prompts and two tokens of answer once more, one after the other without a pause, as `gpu_pinning.py` asks.
+Last, short prompts for two tokens without a pause, ours and plain in turns, as `gpu_pinning.py` asks: a series that is not
+stored and one that is, twice; medians in ms.
 Of each kind means in ms; of `storing` and `connector` the mean difference, its standard error, and the ratio of the means.
 Run, with vLLM's flags for the model behind `--`:
 python benchmarks/gpu_storing.py --model DIR [--lengths 512 2048 8192] [--repeats 30] -- [VLLM FLAGS]
@@ -29,30 +30,21 @@ from gpu_engine import IDLE_SECONDS, OUTPUT_TOKENS, Cache, engine_env, make_pars
 from lmcache.client.mq import MessageQueueClient
 
 KINDS = ("stored", UNSTORED, "plain")
+SERIES_TOKENS, SERIES_PROMPTS = 512, 60
 
 
-# Prompts that take 30 ms, and pass in no time.
-IN_A_ROW = 100
-
-
-def measure(
-    engines: Mapping[str, Engine],
-    num_tokens: int,
-    repeats: int,
-    output_tokens: int = OUTPUT_TOKENS,
-    idle_seconds: float = IDLE_SECONDS,
-) -> dict[str, object]:
+def measure(engines: Mapping[str, Engine], num_tokens: int, repeats: int) -> dict[str, object]:
     """Ask for prompts of one length and return what is to be said of each kind."""
     ttft: dict[str, list[float]] = {kind: [] for kind in KINDS}
     tpot: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for repeat in range(repeats + 1):
         for kind in random.sample(KINDS, len(KINDS)):
             prompt = make_prompt((num_tokens, repeat, kind, time.time()), num_tokens)
-            answer = engines[kind].ask(prompt, output_tokens, f"{kind}-{num_tokens}-{repeat}")
+            answer = engines[kind].ask(prompt, OUTPUT_TOKENS, f"{kind}-{num_tokens}-{repeat}")
             if repeat:
                 ttft[kind].append(answer.ttft_ms)
                 tpot[kind].append(tpot_ms(answer))
-            time.sleep(idle_seconds)
+            time.sleep(IDLE_SECONDS)
     figures = {"ttft": compared(ttft), "tpot": compared(tpot)}
     print(f"{num_tokens} tokens: {figures}", flush=True)
     return figures
@@ -68,6 +60,18 @@ def compared(taken: Mapping[str, Sequence[float]]) -> dict[str, object]:
             "standard_error_ms": round(statistics.stdev(differences) / len(differences) ** 0.5, 3),
             "ratio": round(statistics.fmean(taken[one]) / statistics.fmean(taken[other]), 4),
         }
+    return figures
+
+
+def measure_series(engines: Mapping[str, Engine], kind: str) -> dict[str, object]:
+    """Ask for prompts of one kind and plain ones in turns, without a pause."""
+    taken: dict[str, list[float]] = {kind: [], "plain": []}
+    for number in range(SERIES_PROMPTS):
+        prompt = make_prompt((kind, number, time.time()), SERIES_TOKENS)
+        for name, values in taken.items():
+            values.append(engines[name].ask(prompt, 2, f"{name}-series-{number}").ttft_ms)
+    figures: dict[str, object] = {name: round(statistics.median(values), 2) for name, values in taken.items()}
+    print(f"without a pause: {figures}", flush=True)
     return figures
 
 
@@ -97,9 +101,9 @@ def main() -> None:
             figures[str(length)] = measure(engines, length, args.repeats)
             figures[str(length)]["stored_chunks"] = cache.counter("stored_chunks") - before
             cache.clear()
-        in_a_row = measure(engines, min(args.lengths), IN_A_ROW, output_tokens=2, idle_seconds=0.0)
+        series = [measure_series(engines, kind) for kind in (UNSTORED, "stored") * 2]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    report("gpu_storing", device=device, repeats=args.repeats, lengths=figures, in_a_row=in_a_row)
+    report("gpu_storing", device=device, repeats=args.repeats, lengths=figures, without_pause=series)
 
 
 if __name__ == "__main__":
