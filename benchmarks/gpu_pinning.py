@@ -3,13 +3,12 @@
 A vLLM with our connector runs without a cache server. While it answers one long request a server is started, whose pool the
 engine then maps and pins in the background. Inter-token latency before, meanwhile and after: it grows with the context, so
 meanwhile it should be at most 3 % above the mean of before and after; meanwhile the server makes the pool's memory resident,
-and once it has the engine only pins. How long it takes until the server has made the pool
-resident, and until the engine has pinned it. Then the server ends, and the engine lets go of that pool: latency meanwhile. When
-its memory is free again the server is started once more while short prompts are asked for, one after the other: TTFT without a
-server, while the pool is pinned, and afterwards, each beside that of a plain vLLM on the same GPU, the two taking turns, as the
-host may change its speed (wanted: not delayed meanwhile). Last, with the engines gone, this process pins
-a pool of --alone-gib that is resident already (wanted: 64 GiB in 5 s). Needs as much shared memory as these say. Run, with
-vLLM's flags behind `--`:
+and once it has the engine only pins. How long it takes until the server has made the pool resident, and until the engine has
+pinned it. Then the server ends, and the engine lets go of that pool: latency meanwhile. When its memory is free again the
+server is started once more while short prompts are asked for, one after the other: TTFT without a server, while the pool is
+pinned, and afterwards, each beside that of a plain vLLM on the same GPU, the two taking turns, as the host may change its
+speed (wanted: not delayed meanwhile). Last, with the engines gone, this process pins a pool of --alone-gib that is resident
+already (wanted: 64 GiB in 5 s). Needs as much shared memory as these say. Run, with vLLM's flags behind `--`:
 python benchmarks/gpu_pinning.py --model DIR [--l1-gib 32] [--alone-gib 64] -- [VLLM FLAGS]
 """
 

@@ -5,8 +5,8 @@ is not pinned, yet or at all, is copied all the same, slower and counted; that i
 
 The engine goes on meanwhile, so each step is short: entering pages in the page table keeps all other threads of the process
 from mapping memory, and while the driver pins, nothing can be launched. So it pins while the engine waits for its device, right
-after a step has been launched. And no page is touched here first: that would take far
-longer, and the kernel would count it as the engine's memory instead of the server's.
+after a step has been launched. And no page is touched here first: that would take far longer, and the kernel would count it as
+the engine's memory instead of the server's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ RESIDENT_POLL_SECONDS = 0.02
 # Steps that take longer to come wait for the device.
 MAX_GAP_SECONDS = 0.05
 # While an engine computes, the driver is left to it for so many times as long as a piece has taken. Then pinning takes 1 s a
-# GiB, and a token 2 % longer. Unpinned memory should soon be free: 0.5 to 1 s a GiB, though a token takes 14 % longer.
+# GiB, and a token 1 to 4 % longer (32 MiB at a time). Unpinned memory should soon be free: 0.5 to 1 s a GiB, though a token
+# takes 14 % longer.
 PIN_REST_RATIO = 9
 UNPIN_REST_RATIO = 2
 CLOSE_SECONDS = 30.0

@@ -872,7 +872,7 @@ def a_load_under_way(server, seconds=0.3, bytes_left=0):
         yield setup, plan
 
 
-def test_who_pins_the_pool_is_told_whether_steps_follow_each_other_and_when_one_has_been_launched(server):
+def test_who_pins_the_pool_is_told_whether_steps_follow_each_other_and_when_one_has_been_launched(server, monkeypatch):
     clocks = []
 
     class PinningCopier(CpuCopier):
@@ -892,6 +892,10 @@ def test_who_pins_the_pool_is_told_whether_steps_follow_each_other_and_when_one_
         setup.worker.store(StepPlan())
         waiter.join(PATIENCE_SECONDS)
         assert not waiter.is_alive()
+        monkeypatch.setattr("lmcache.transfer.launches.COMPUTING_SECONDS", 0.0)
+        assert not launches.is_computing()
+        launches.wait_for_gap(PATIENCE_SECONDS)
+        assert launches._has_launched.is_set(), "nothing is waited for"
 
 
 def test_a_load_that_is_nearly_over_is_named_and_the_next_step_waits_for_it(server):
