@@ -34,7 +34,6 @@ PIN_SECONDS_PER_GIB = 1.0
 PIN_POLL_SECONDS = 0.01
 # A server makes a GiB resident in 0.3 s. One that is short of memory stops.
 GROW_SECONDS = 5.0
-PIN_PIECE_BYTES = 16 << 20  # `transfer.pinning`'s, which cannot be imported without PyTorch
 PIN_NOTICE_SECONDS = 5.0
 GIB = 1 << 30
 
@@ -106,6 +105,8 @@ def _load_paged_kv() -> type[PagedKV]:
 
 
 def _wait_until_pinned(kv: PagedKV, view: PoolView, keep_waiting: Callable[[float], bool]) -> None:
+    from lmcache.transfer.pinning import PIECE_BYTES
+
     pool_bytes = view.data.nbytes
     seconds = PIN_SECONDS + PIN_SECONDS_PER_GIB * pool_bytes / GIB
     give_up_at = time.monotonic() + seconds
@@ -113,7 +114,7 @@ def _wait_until_pinned(kv: PagedKV, view: PoolView, keep_waiting: Callable[[floa
     while (state := kv.copier.pin_report()) is not None and not state.is_done:
         if view.resident_bytes > resident_bytes:
             resident_bytes, grew_at = view.resident_bytes, time.monotonic()
-        is_waiting = state.pinned_bytes + state.unpinned_bytes + PIN_PIECE_BYTES > resident_bytes
+        is_waiting = state.pinned_bytes + state.unpinned_bytes + PIECE_BYTES > resident_bytes
         if is_waiting and time.monotonic() - grew_at > GROW_SECONDS:
             return  # what is not resident by now is used by nobody
         if not keep_waiting(state.pinned_bytes / pool_bytes):

@@ -300,7 +300,7 @@ def open_slowly(monkeypatch: pytest.MonkeyPatch, pinned_after: float, keep_waiti
     fake = SlowPinning(pinned_after)
     monkeypatch.setattr(paged, "_load_paged_kv", lambda: fake)
     monkeypatch.setattr(paged, "PIN_POLL_SECONDS", 0.0)
-    monkeypatch.setattr(paged, "PIN_PIECE_BYTES", 1)
+    monkeypatch.setattr("lmcache.transfer.pinning.PIECE_BYTES", 1)
     open_paged_kv(fake, MIB, 1, "cuda", keep_waiting)
 
 
@@ -320,13 +320,6 @@ def test_the_wait_for_pinning_ends_where_the_pool_has_stopped_growing(monkeypatc
     shares = []
     open_slowly(monkeypatch, float("inf"), lambda share: not shares.append(share))
     assert set(shares) == {0.5}
-
-
-def test_a_piece_is_as_long_as_who_pins_says():
-    pytest.importorskip("torch", reason="needs torch: make setup-vllm")
-    from lmcache.transfer import pinning
-
-    assert paged.PIN_PIECE_BYTES == pinning.PIECE_BYTES
 
 
 def test_the_wait_for_pinning_has_a_deadline(monkeypatch: pytest.MonkeyPatch):
