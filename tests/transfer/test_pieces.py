@@ -17,7 +17,7 @@ from hypothesis import strategies as st  # noqa: E402
 from lmcache.transfer.cuda import cut_first, cut_last, pieces, runs  # noqa: E402
 from lmcache.transfer.driver import CudaError  # noqa: E402
 from lmcache.transfer.launches import LaunchClock  # noqa: E402
-from lmcache.transfer.pinning import PIN_REST_RATIO, UNPIN_REST_RATIO, PoolPinner, address_of  # noqa: E402
+from lmcache.transfer.pinning import REST_RATIO, PoolPinner, address_of  # noqa: E402
 
 MIB = 1 << 20
 
@@ -174,7 +174,8 @@ class Engine(LaunchClock):
         return next(self._computes, False)
 
 
-def test_beside_an_engine_that_computes_the_driver_rests_after_each_piece():
+def test_beside_an_engine_that_computes_the_driver_rests_after_each_piece_and_after_some_that_it_unpins(monkeypatch):
+    monkeypatch.setattr("lmcache.transfer.pinning.UNPIN_PIECES", 2)
     driver = SlowDriver()
     pool = memoryview(mmap.mmap(-1, 12 * MIB))
     pinner = PoolPinner(driver, "context", address_of(pool), len(pool), launches=Engine(), piece_bytes=4 * MIB)
@@ -182,8 +183,9 @@ def test_beside_an_engine_that_computes_the_driver_rests_after_each_piece():
     wait_until_done(pinner)
     pinner.close()
     rests = [begun - ended for begun, ended in zip(driver.begun[1:], driver.ended, strict=False)]
-    assert all(rest >= PIN_REST_RATIO * 0.01 for rest in rests[:2])
-    assert all(rest >= UNPIN_REST_RATIO * 0.01 for rest in rests[3:])
+    assert all(rest >= REST_RATIO * 0.01 for rest in rests[:2])
+    assert rests[3] < REST_RATIO * 0.01, "two are unpinned together"
+    assert rests[4] >= REST_RATIO * 0.02
     assert not driver.registered
 
 
@@ -231,8 +233,8 @@ class DriverBesideLaunches(FakeDriver):
 
 def test_the_driver_pins_and_unpins_only_while_the_engine_waits_for_its_device(monkeypatch):
     monkeypatch.setattr("lmcache.transfer.pinning.MAX_GAP_SECONDS", 30.0)
-    monkeypatch.setattr("lmcache.transfer.pinning.PIN_REST_RATIO", 0)
-    monkeypatch.setattr("lmcache.transfer.pinning.UNPIN_REST_RATIO", 0)
+    monkeypatch.setattr("lmcache.transfer.pinning.REST_RATIO", 0)
+    monkeypatch.setattr("lmcache.transfer.pinning.UNPIN_PIECES", 1)
     driver, launches = DriverBesideLaunches(), LaunchClock()
     pool = memoryview(mmap.mmap(-1, 10 * MIB))
     pinner = PoolPinner(driver, "context", address_of(pool), len(pool), launches=launches, piece_bytes=2 * MIB)
@@ -270,8 +272,7 @@ def test_a_range_is_cut_where_it_leaves_what_was_pinned_at_once_or_a_piece_that_
 
 
 def test_closing_does_not_wait_for_the_drivers_rest(monkeypatch):
-    monkeypatch.setattr("lmcache.transfer.pinning.PIN_REST_RATIO", 1e6)
-    monkeypatch.setattr("lmcache.transfer.pinning.UNPIN_REST_RATIO", 0)
+    monkeypatch.setattr("lmcache.transfer.pinning.REST_RATIO", 1e6)
     driver = SlowDriver()
     pool = memoryview(mmap.mmap(-1, 12 * MIB))
     pinner = PoolPinner(driver, "context", address_of(pool), len(pool), launches=Engine(), piece_bytes=4 * MIB)
