@@ -118,7 +118,7 @@ class StopRequest:
 def wait_for_room(config: ServerConfig, stop: StopRequest) -> None:
     """Return when engines have let go of the last server's pool, if that is what stands in the way of this one's.
 
-    They notice that a server has gone within 3 s, and take 0.5 to 1 s a GiB to unpin and unmap its pool while they compute.
+    They notice that a server has gone within 3 s, and take 1 s a GiB to unpin and unmap its pool while they compute.
     """
     directory = Path(config.storage.pool_dir)
     remove_stale_pools(directory)
