@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -157,13 +157,21 @@ def start_side_by_side(engines: Iterable[Engine], stack: ExitStack) -> None:
 
 
 def end_on_sigterm() -> None:
-    """Make SIGTERM end this process as Ctrl-C does: with the engines that it has started. Another one changes nothing."""
+    """Make SIGTERM end this process as Ctrl-C does: with the engines that it has started. More of them change nothing then."""
 
-    def end(number: int, frame: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.exit(128 + number)
+    def end(number: int, frame: object) -> None:
+        if not _is_exiting():  # the first one's exit is lost if it comes within a destructor
+            sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
+
+
+def _is_exiting() -> bool:
+    """Whether this thread unwinds for an exit, or handles what failed meanwhile."""
+    exc = sys.exc_info()[1]
+    while exc and not isinstance(exc, SystemExit):
+        exc = exc.__context__
+    return exc is not None
 
 
 def idle_load(engines: list[Engine], seconds: float = 2.0) -> float:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,20 @@ signal.signal(signal.SIGTERM, end)
 pathlib.Path(sys.argv[1] + ".started").touch()
 time.sleep(600)
 """
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
+LOST = """
+import os, signal
+from engines import end_on_sigterm
+
+class Told:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+end_on_sigterm()
+Told()
+print("lost", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
 BENCHMARK = """
 import sys
 from contextlib import ExitStack
@@ -43,7 +58,8 @@ with ExitStack() as stack:
 
 def test_a_benchmark_that_is_told_to_end_while_engines_start_ends_them_at_once_and_all_even_if_it_is_told_twice(tmp_path):
     command = [sys.executable, "-c", BENCHMARK, ENGINE, str(tmp_path)]
-    benchmark = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(BENCHMARKS)})
+    benchmark = subprocess.Popen(command, env={**ENVIRONMENT, "PYTHONFAULTHANDLER": "1"})
+    engines = []
     try:
         wait_until(lambda: len(list(tmp_path.glob("*.started"))) == 2, "both were started")
         engines = psutil.Process(benchmark.pid).children()
@@ -53,5 +69,16 @@ def test_a_benchmark_that_is_told_to_end_while_engines_start_ends_them_at_once_a
         assert benchmark.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
         assert not any(engine.is_running() for engine in engines)
     finally:
-        benchmark.kill()
+        if benchmark.poll() is None:
+            benchmark.send_signal(signal.SIGABRT)  # says where it is
         benchmark.wait()
+        for engine in engines:
+            with suppress(psutil.NoSuchProcess):
+                engine.kill()
+
+
+def test_a_benchmark_whose_exit_was_lost_in_a_destructor_ends_when_it_is_told_again():
+    command = [sys.executable, "-c", LOST]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert ended.stdout == "lost\n"
+    assert ended.returncode == 128 + signal.SIGTERM
